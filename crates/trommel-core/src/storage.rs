@@ -1,0 +1,113 @@
+//! Files that are whole or absent.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// A file that appears under its name when it is committed; dropped before, it leaves nothing.
+#[derive(Debug)]
+pub struct AtomicFile {
+    path: PathBuf,
+    temporary: tempfile::NamedTempFile,
+}
+
+impl AtomicFile {
+    /// Opens a temporary file beside `path`, and creates the folder if there is none.
+    pub fn create(path: &Path) -> Result<AtomicFile> {
+        let folder = folder_of(path);
+        create_folder(folder)?;
+        let temporary = tempfile::Builder::new().prefix(TEMPORARY_PREFIX).tempfile_in(folder).map_err(|e| write_error(path, e))?;
+        Ok(AtomicFile { path: path.to_owned(), temporary })
+    }
+
+    /// Another handle to write through.
+    pub fn handle(&self) -> Result<File> {
+        self.temporary.as_file().try_clone().map_err(|e| write_error(&self.path, e))
+    }
+
+    /// Syncs the content and gives the file its name, replacing what had it.
+    pub fn commit(self) -> Result<()> {
+        let failed = |e: io::Error| write_error(&self.path, e);
+        // Temporary files are private to their owner; outputs follow the usual permissions.
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            self.temporary.as_file().set_permissions(fs::Permissions::from_mode(0o644)).map_err(failed)?;
+        }
+        self.temporary.as_file().sync_all().map_err(failed)?;
+        self.temporary.persist(&self.path).map_err(|e| write_error(&self.path, e.error))?;
+        let synced = File::open(folder_of(&self.path)).and_then(|f| f.sync_all());
+        synced.map_err(|e| write_error(&self.path, e))
+    }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Writes `path` through `write`; a reader never sees a part of the file, and a failure leaves nothing under `path`.
+pub fn write_atomic<T>(path: &Path, write: impl FnOnce(&mut File) -> Result<T>) -> Result<T> {
+    let file = AtomicFile::create(path)?;
+    let value = write(&mut file.handle()?).map_err(|e| e.file(path.display()))?;
+    file.commit()?;
+    Ok(value)
+}
+
+/// [`write_atomic`] for bytes that are already in memory.
+pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
+    use io::Write;
+    write_atomic(path, |file| file.write_all(bytes).map_err(|e| write_error(path, e)))
+}
+
+/// Creates a folder and its parents.
+pub fn create_folder(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).map_err(|e| write_error(folder, e))
+}
+
+/// Removes what a killed process left unfinished below `folder`. The caller holds the lock of the run directory.
+pub fn remove_temporaries(folder: &Path) -> Result<()> {
+    let Ok(entries) = fs::read_dir(folder) else { return Ok(()) };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            remove_temporaries(&path)?;
+        } else if entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX) {
+            fs::remove_file(&path).map_err(|e| write_error(&path, e))?;
+        }
+    }
+    Ok(())
+}
+
+/// The error of a failed write, with the remedy that fits its cause.
+pub fn write_error(path: &Path, error: io::Error) -> Error {
+    let hint = match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "free some space, or name a run directory on another disk with `--run-dir`; then run the same command again"
+        }
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            "make the directory writable, or name another one with `--run-dir`"
+        }
+        _ => "check the path and the disk, then run the same command again",
+    };
+    Error::system("cannot write").file(path.display()).source(error).hint(hint)
+}
+
+const TEMPORARY_PREFIX: &str = ".unfinished-";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_write_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("deep/out.bin");
+        let result: Result<()> = write_atomic(&path, |_| Err(Error::data("stopped")));
+        assert!(result.is_err());
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 0);
+        write_bytes(&path, b"whole").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"whole");
+    }
+}

@@ -1,0 +1,58 @@
+//! Rows of a table by token, and the gradient of the table.
+
+use rayon::prelude::*;
+
+/// Copies the row of `table` (vocab, width) of each token to `out` (tokens, width). Every token is below `vocab`.
+pub fn forward(table: &[f32], width: usize, tokens: &[u32], out: &mut [f32]) {
+    assert_eq!(out.len(), tokens.len() * width);
+    for (token, out) in tokens.iter().zip(out.chunks_exact_mut(width)) {
+        let from = *token as usize * width;
+        out.copy_from_slice(&table[from..from + width]);
+    }
+}
+
+/// Vocabulary rows that one task owns. Each task reads all tokens and adds those of its own rows, in the order of the
+/// tokens, so no two tasks write to one row and the sums do not depend on the number of threads.
+const BLOCK: usize = 256;
+
+/// Adds each row of `gradient` (tokens, width) to the row of `table_gradient` (vocab, width) of its token.
+pub fn backward(gradient: &[f32], width: usize, tokens: &[u32], table_gradient: &mut [f32]) {
+    assert_eq!(gradient.len(), tokens.len() * width);
+    table_gradient.par_chunks_mut(BLOCK * width).enumerate().for_each(|(block, rows)| {
+        for (token, gradient) in tokens.iter().zip(gradient.chunks_exact(width)) {
+            let Some(row) = (*token as usize).checked_sub(block * BLOCK).filter(|row| row * width < rows.len()) else {
+                continue;
+            };
+            for (sum, gradient) in rows[row * width..(row + 1) * width].iter_mut().zip(gradient) {
+                *sum += gradient;
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::probe::numbers;
+
+    #[test]
+    fn repeated_tokens_add_up_over_block_borders() {
+        let (vocab, width) = (BLOCK + 3, 5);
+        let tokens = [0, BLOCK as u32, 2, BLOCK as u32 + 2, 0, BLOCK as u32];
+        let table = numbers(vocab * width, 1);
+        let mut out = vec![0.0; tokens.len() * width];
+        forward(&table, width, &tokens, &mut out);
+        assert_eq!(out[width..2 * width], table[BLOCK * width..(BLOCK + 1) * width]);
+
+        let gradient = numbers(tokens.len() * width, 2);
+        let mut sums = vec![0.0; vocab * width];
+        backward(&gradient, width, &tokens, &mut sums);
+        let mut expected = vec![0.0; vocab * width];
+        for (row, token) in tokens.iter().enumerate() {
+            for i in 0..width {
+                expected[*token as usize * width + i] += gradient[row * width + i];
+            }
+        }
+        assert_eq!(sums, expected);
+    }
+}

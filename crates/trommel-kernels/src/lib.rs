@@ -1,0 +1,27 @@
+//! Dense kernels that embedding, clustering and training share.
+
+/// The nonlinearities of the MLP.
+pub mod activation;
+/// AdamW and the norm of a gradient.
+pub mod adamw;
+/// Causal attention within documents.
+pub mod attention;
+/// The output layer and its loss.
+pub mod cross_entropy;
+/// Rows of a table by token, and the gradient of the table.
+pub mod embedding;
+/// Products of matrices that lie in slices.
+pub mod matmul;
+/// Root-mean-square normalisation of rows.
+pub mod norm;
+/// Products with a right operand that was rearranged once.
+pub mod panels;
+/// Rotary positions.
+pub mod rotary;
+/// One body, several instruction sets.
+mod vectorize;
+
+/// The nearest of many centroids.
+pub mod nearest;
+#[cfg(test)]
+mod probe;

@@ -1,0 +1,200 @@
+//! Flat k-means on a sample that fits in memory: k-means++ start, Lloyd's rounds, and balancing.
+//!
+//! Deterministic at any thread count: distances come from blocks of one shape, and each centroid is the sum of its rows
+//! in row order.
+
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+use trommel_core::seed::Stream;
+use trommel_kernels::nearest::{Centroids, Nearest, squared_distance};
+
+/// How to fit.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Clusters, at least 1; the result has fewer when the sample has fewer distinct rows.
+    pub k: usize,
+    /// Rounds after the start.
+    pub iterations: u32,
+    /// A cluster above this multiple of the uniform share is split and the smallest one dissolved [CR]; off if `None`.
+    pub balance: Option<f64>,
+    /// The source of the start.
+    pub stream: Stream,
+}
+
+/// Fits k-means to `sample`, which is `(rows, dimensions)` with at least one row.
+pub fn fit(sample: &[f32], dimensions: usize, settings: &Settings) -> Centroids {
+    let mut generator = settings.stream.generator();
+    let mut centroids = Centroids::new(start(sample, dimensions, settings.k, &mut generator), dimensions);
+    for round in 0..settings.iterations {
+        let nearest = centroids.nearest(sample);
+        let members = members(&nearest, centroids.count());
+        let mut points = means(sample, dimensions, &members);
+        revive_empty(sample, dimensions, &nearest, &members, &mut points);
+        // The last rounds only settle what the splits have stirred.
+        if let Some(limit) = settings.balance.filter(|_| round + 5 < settings.iterations) {
+            split_large(sample, dimensions, &members, limit, &mut points, &mut generator);
+        }
+        centroids = Centroids::new(points, dimensions);
+    }
+    centroids
+}
+
+/// k-means++ [Arthur and Vassilvitskii 2007]: each further centroid is a row drawn in proportion to its squared distance
+/// from those chosen before. Rows past the first `64 * k` take no part in the start (the sample's order is random, and
+/// the cost is quadratic in k).
+fn start(sample: &[f32], dimensions: usize, k: usize, generator: &mut ChaCha8Rng) -> Vec<f32> {
+    let rows = (sample.len() / dimensions).min(64 * k);
+    let row = |i: usize| &sample[i * dimensions..(i + 1) * dimensions];
+    let mut distances = vec![f32::INFINITY; rows];
+    let mut points = Vec::with_capacity(k * dimensions);
+    let mut chosen = generator.random_range(0..rows);
+    for _ in 0..k {
+        points.extend_from_slice(row(chosen));
+        let newest = row(chosen);
+        distances.par_iter_mut().enumerate().with_min_len(1024).for_each(|(i, d)| *d = d.min(squared_distance(row(i), newest)));
+        let total: f64 = distances.iter().map(|&d| f64::from(d)).sum();
+        if total <= 0.0 {
+            break;
+        }
+        let mut left = generator.random::<f64>() * total;
+        chosen = rows - 1;
+        for (i, &distance) in distances.iter().enumerate() {
+            left -= f64::from(distance);
+            if left < 0.0 && distance > 0.0 {
+                chosen = i;
+                break;
+            }
+        }
+    }
+    points
+}
+
+/// The rows of each cluster, in order.
+pub fn members(nearest: &[Nearest], count: usize) -> Vec<Vec<u32>> {
+    let mut members = vec![Vec::new(); count];
+    for (row, found) in nearest.iter().enumerate() {
+        members[found.index as usize].push(row as u32);
+    }
+    members
+}
+
+/// The mean of each cluster's rows; zeros for an empty one.
+fn means(sample: &[f32], dimensions: usize, members: &[Vec<u32>]) -> Vec<f32> {
+    let mut points = vec![0.0; members.len() * dimensions];
+    points.par_chunks_mut(dimensions).zip(members).for_each(|(point, rows)| {
+        for &row in rows {
+            let vector = &sample[row as usize * dimensions..][..dimensions];
+            point.iter_mut().zip(vector).for_each(|(sum, x)| *sum += x);
+        }
+        let scale = 1.0 / rows.len().max(1) as f32;
+        point.iter_mut().for_each(|x| *x *= scale);
+    });
+    points
+}
+
+/// An empty cluster starts again at the row that is farthest from its centroid.
+fn revive_empty(sample: &[f32], dimensions: usize, nearest: &[Nearest], members: &[Vec<u32>], points: &mut [f32]) {
+    let empty: Vec<usize> = (0..members.len()).filter(|&c| members[c].is_empty()).collect();
+    if empty.is_empty() {
+        return;
+    }
+    let mut farthest: Vec<usize> = (0..nearest.len()).collect();
+    farthest.sort_by(|&a, &b| nearest[b].squared_distance.total_cmp(&nearest[a].squared_distance).then(a.cmp(&b)));
+    for (cluster, row) in empty.into_iter().zip(farthest) {
+        points[cluster * dimensions..][..dimensions].copy_from_slice(&sample[row * dimensions..][..dimensions]);
+    }
+}
+
+/// Gives each too large cluster a second centroid, one of its own rows, taken from the smallest clusters.
+fn split_large(sample: &[f32], dimensions: usize, members: &[Vec<u32>], limit: f64, points: &mut [f32], generator: &mut ChaCha8Rng) {
+    let rows: usize = members.iter().map(Vec::len).sum();
+    let largest_allowed = limit * rows as f64 / members.len() as f64;
+    let mut by_size: Vec<usize> = (0..members.len()).collect();
+    by_size.sort_by_key(|&c| (std::cmp::Reverse(members[c].len()), c));
+    let large = by_size.iter().filter(|&&c| members[c].len() as f64 > largest_allowed);
+    for (&large, &small) in large.zip(by_size.iter().rev()) {
+        // Dissolving a cluster that is nearly as large would only move the problem.
+        if 2 * members[small].len() >= members[large].len() {
+            break;
+        }
+        let row = members[large][generator.random_range(0..members[large].len())] as usize;
+        points[small * dimensions..][..dimensions].copy_from_slice(&sample[row * dimensions..][..dimensions]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use linfa::DatasetBase;
+    use linfa::traits::{Fit, Predict};
+    use linfa_clustering::KMeans;
+    use ndarray::Array2;
+
+    /// `blobs` clouds of `per` rows each around well separated corners.
+    fn clouds(blobs: usize, per: usize, dimensions: usize) -> Vec<f32> {
+        let noise = Stream::new(5, "noise");
+        let mut rows = Vec::new();
+        for i in 0..blobs * per {
+            for d in 0..dimensions {
+                let center = if d % blobs == i % blobs { 4.0 } else { 0.0 };
+                rows.push(center + noise.uniform(&((i * dimensions + d) as u64).to_le_bytes()) as f32);
+            }
+        }
+        rows
+    }
+
+    fn settings(k: usize, balance: Option<f64>) -> Settings {
+        Settings { k, iterations: 20, balance, stream: Stream::new(1, "kmeans") }
+    }
+
+    fn inertia(sample: &[f32], centroids: &Centroids) -> f64 {
+        centroids.nearest(sample).iter().map(|n| f64::from(n.squared_distance)).sum()
+    }
+
+    #[test]
+    fn as_good_as_linfa_on_separated_clouds() {
+        let (blobs, per, dimensions) = (6, 60, 12);
+        let sample = clouds(blobs, per, dimensions);
+        let ours = inertia(&sample, &fit(&sample, dimensions, &settings(blobs, None)));
+        let array = Array2::from_shape_vec((blobs * per, dimensions), sample.iter().map(|&x| f64::from(x)).collect()).unwrap();
+        let model = KMeans::params(blobs).n_runs(3).fit(&DatasetBase::from(array.clone())).unwrap();
+        let labels = model.predict(&array);
+        let theirs: f64 = array
+            .rows()
+            .into_iter()
+            .zip(labels.iter())
+            .map(|(row, &label)| (&row - &model.centroids().row(label)).mapv(|x| x * x).sum())
+            .sum();
+        assert!(ours <= theirs * 1.001, "inertia {ours} against linfa's {theirs}");
+    }
+
+    #[test]
+    fn balancing_bounds_the_largest_cluster() {
+        // One cloud holds 90% of the rows.
+        let mut sample = clouds(1, 900, 8);
+        sample.extend(clouds(8, 100, 8).iter().map(|x| x + 10.0));
+        let largest = |balance| {
+            let centroids = fit(&sample, 8, &settings(16, balance));
+            members(&centroids.nearest(&sample), centroids.count()).iter().map(Vec::len).max().unwrap()
+        };
+        assert!(largest(Some(1.5)) < largest(None), "{} {}", largest(Some(1.5)), largest(None));
+    }
+
+    #[test]
+    fn fewer_distinct_rows_than_clusters() {
+        let sample = [[1.0f32, 2.0]; 10].concat();
+        let centroids = fit(&sample, 2, &settings(4, None));
+        assert_eq!(centroids.points(), [1.0, 2.0]);
+    }
+
+    #[test]
+    fn threads_do_not_change_the_bits() {
+        let sample = clouds(5, 300, 16);
+        let on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| fit(&sample, 16, &settings(20, Some(1.5)))).points().to_vec()
+        };
+        assert_eq!(on(1), on(2));
+    }
+}

@@ -1,0 +1,269 @@
+//! The embedded DataFusion, and what every stage does with it: a query in, a Parquet file out.
+
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use arrow::array::RecordBatch;
+use arrow::compute::cast;
+use arrow::datatypes::SchemaRef;
+use datafusion::error::DataFusionError;
+use datafusion::execution::SendableRecordBatchStream;
+use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
+use datafusion::execution::runtime_env::RuntimeEnvBuilder;
+use datafusion::logical_expr::ScalarUDF;
+use datafusion::prelude::{DataFrame, ParquetReadOptions, SessionConfig, SessionContext};
+use futures::StreamExt;
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::metadata::KeyValue;
+use parquet::file::properties::WriterProperties;
+use tokio::runtime::Runtime;
+use trommel_core::error::{Error, Result};
+use trommel_core::progress::{Interrupt, Progress};
+use trommel_core::storage::{AtomicFile, create_folder, write_error};
+
+/// Memory for sorting and joining before DataFusion spills to disk, over all sessions together.
+const QUERY_MEMORY: usize = 256 << 20;
+/// Uncompressed bytes of a row group: what a writer holds in memory, and the unit that a reader can skip.
+const ROW_GROUP_BYTES: usize = 8 << 20;
+
+/// Where and how the stages run.
+pub struct Engine {
+    runtime: Runtime,
+    environment: Arc<datafusion::execution::runtime_env::RuntimeEnv>,
+    threads: usize,
+    /// Where progress goes.
+    pub progress: Arc<dyn Progress>,
+    /// The request to stop.
+    pub interrupt: Interrupt,
+}
+
+/// What was written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Written {
+    /// Rows of the file.
+    pub rows: u64,
+    /// Bytes on disk.
+    pub bytes: u64,
+}
+
+impl Engine {
+    /// An engine with `threads` workers (at least 1) that spills into `spill`.
+    pub fn new(threads: usize, spill: PathBuf, progress: Arc<dyn Progress>, interrupt: Interrupt) -> Result<Engine> {
+        let failed = |e: String| Error::system(format!("cannot start the query engine: {e}"));
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads.max(1)).enable_all().build();
+        create_folder(&spill)?;
+        let environment = RuntimeEnvBuilder::new()
+            .with_memory_limit(QUERY_MEMORY, 1.0)
+            .with_disk_manager_builder(DiskManagerBuilder::default().with_mode(DiskManagerMode::Directories(vec![spill])))
+            .build_arc()
+            .map_err(|e| failed(e.to_string()))?;
+        let runtime = runtime.map_err(|e| failed(e.to_string()))?;
+        Ok(Engine { runtime, environment, threads: threads.max(1), progress, interrupt })
+    }
+
+    /// A session that knows `functions`. With one partition, rows keep the order of their files; with more, cores share.
+    pub fn session(&self, partitions: usize, functions: impl IntoIterator<Item = ScalarUDF>) -> SessionContext {
+        let config = SessionConfig::new()
+            .with_target_partitions(partitions)
+            .with_information_schema(true)
+            .with_parquet_pruning(true)
+            .set_bool("datafusion.execution.parquet.pushdown_filters", false);
+        let session = SessionContext::new_with_config_rt(config, Arc::clone(&self.environment));
+        functions.into_iter().for_each(|f| session.register_udf(f));
+        session
+    }
+
+    /// A session for queries over whole tables.
+    pub fn parallel_session(&self, functions: impl IntoIterator<Item = ScalarUDF>) -> SessionContext {
+        self.session(self.threads, functions)
+    }
+
+    /// Waits for something asynchronous.
+    pub fn wait<F: Future>(&self, future: F) -> F::Output {
+        self.runtime.block_on(future)
+    }
+
+    /// Registers Parquet files as one table.
+    pub fn register(&self, session: &SessionContext, table: &str, files: &[&Path]) -> Result<()> {
+        let paths: Vec<String> = files.iter().map(|f| f.display().to_string()).collect();
+        let register = async {
+            let frame = session.read_parquet(paths, ParquetReadOptions::default()).await?;
+            session.register_table(table, frame.into_view())
+        };
+        self.wait(register).map_err(query_error)?;
+        Ok(())
+    }
+
+    /// Plans a query.
+    pub fn query(&self, session: &SessionContext, sql: &str) -> Result<DataFrame> {
+        self.wait(session.sql(sql)).map_err(query_error)
+    }
+
+    /// Runs a query and returns its batches, for results that are small.
+    pub fn collect(&self, session: &SessionContext, sql: &str) -> Result<Vec<RecordBatch>> {
+        let frame = self.query(session, sql)?;
+        self.wait(frame.collect()).map_err(query_error)
+    }
+
+    /// Starts a query and returns its rows as they come.
+    pub fn stream(&self, frame: DataFrame) -> Result<impl Iterator<Item = Result<RecordBatch>> + '_> {
+        let mut stream: SendableRecordBatchStream = self.wait(frame.execute_stream()).map_err(query_error)?;
+        Ok(std::iter::from_fn(move || {
+            if let Err(interrupted) = self.interrupt.check() {
+                return Some(Err(interrupted));
+            }
+            self.wait(stream.next()).map(|batch| batch.map_err(query_error))
+        }))
+    }
+
+    /// Runs a query into a Parquet file with columns of exactly `schema`.
+    pub fn write(&self, frame: DataFrame, schema: &SchemaRef, path: &Path) -> Result<Written> {
+        write_parquet(path, schema, self.stream(frame)?)
+    }
+
+    /// Runs `work` for every item, up to one at a time per thread; stops at the first error.
+    pub fn for_each<T: Sync>(&self, items: &[T], work: impl Fn(&T) -> Result<()> + Sync) -> Result<()> {
+        let next = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..self.threads.min(items.len()))
+                .map(|_| {
+                    scope.spawn(|| {
+                        while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+                            let result = self.interrupt.check().and_then(|()| work(item));
+                            if result.is_err() {
+                                next.store(items.len(), Ordering::Relaxed);
+                                return result;
+                            }
+                        }
+                        Ok(())
+                    })
+                })
+                .collect();
+            let mut outcome = Ok(());
+            for worker in workers {
+                let result = worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                outcome = outcome.and(result);
+            }
+            outcome
+        })
+    }
+}
+
+/// Writes batches to a Parquet file that is whole or absent. Columns are matched by name and cast to `schema`.
+pub fn write_parquet(
+    path: &Path,
+    schema: &SchemaRef,
+    batches: impl Iterator<Item = Result<RecordBatch>>,
+) -> Result<Written> {
+    let mut sink = ParquetSink::create(path, schema)?;
+    for batch in batches {
+        sink.write(&batch?)?;
+    }
+    sink.finish()
+}
+
+/// A Parquet file that appears under its name when it is finished.
+pub struct ParquetSink {
+    path: PathBuf,
+    schema: SchemaRef,
+    writer: ArrowWriter<BufWriter<File>>,
+    file: AtomicFile,
+    rows: u64,
+}
+
+impl ParquetSink {
+    /// Opens the sink; nothing is visible under `path` before [`ParquetSink::finish`].
+    pub fn create(path: &Path, schema: &SchemaRef) -> Result<ParquetSink> {
+        let file = AtomicFile::create(path)?;
+        let properties = WriterProperties::builder()
+            .set_compression(Compression::ZSTD(ZstdLevel::default()))
+            .set_max_row_group_bytes(Some(ROW_GROUP_BYTES))
+            .build();
+        let writer = ArrowWriter::try_new(BufWriter::new(file.handle()?), Arc::clone(schema), Some(properties));
+        let writer = writer.map_err(|e| parquet_error(path, e))?;
+        Ok(ParquetSink { path: path.to_owned(), schema: Arc::clone(schema), writer, file, rows: 0 })
+    }
+
+    /// Appends the batch's columns of the same names, cast to the sink's types.
+    pub fn write(&mut self, batch: &RecordBatch) -> Result<()> {
+        let column = |field: &arrow::datatypes::FieldRef| {
+            let column = batch.column_by_name(field.name());
+            let column = column.ok_or_else(|| Error::internal(format!("the column `{}` was not computed", field.name())))?;
+            cast(column, field.data_type()).map_err(|e| Error::internal("a column has a wrong type").source(e))
+        };
+        let columns = self.schema.fields().iter().map(column).collect::<Result<Vec<_>>>()?;
+        let batch = RecordBatch::try_new(Arc::clone(&self.schema), columns);
+        let batch = batch.map_err(|e| Error::internal("a row breaks the schema of its table").file(self.path.display()).source(e))?;
+        self.writer.write(&batch).map_err(|e| parquet_error(&self.path, e))?;
+        self.rows += batch.num_rows() as u64;
+        Ok(())
+    }
+
+    /// Stores a text under a name in the file's footer.
+    pub fn note(&mut self, key: &str, value: &str) {
+        self.writer.append_key_value_metadata(KeyValue::new(key.to_owned(), value.to_owned()));
+    }
+
+    /// Closes the file and gives it its name.
+    pub fn finish(self) -> Result<Written> {
+        let path = self.path;
+        let buffer = self.writer.into_inner().map_err(|e| parquet_error(&path, e))?;
+        buffer.into_inner().map_err(|e| write_error(&path, e.into_error()))?;
+        self.file.commit()?;
+        Ok(Written { rows: self.rows, bytes: crate::source::size(&path) })
+    }
+}
+
+/// The number of rows of one of our own Parquet files, and a text from its footer.
+pub fn footer(path: &Path, key: &str) -> Result<(u64, Option<String>)> {
+    let reader = File::open(path).map_err(|e| own_file_error(path, e))?;
+    let reader = ParquetRecordBatchReaderBuilder::try_new(reader).map_err(|e| own_file_error(path, e))?;
+    let metadata = reader.metadata().file_metadata();
+    let note = metadata.key_value_metadata().and_then(|m| m.iter().find(|k| k.key == key)).and_then(|k| k.value.clone());
+    Ok((metadata.num_rows() as u64, note))
+}
+
+/// The rows and bytes of files that are there.
+pub fn written<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<Written> {
+    let mut sum = Written::default();
+    for path in paths {
+        sum.rows += footer(path, "")?.0;
+        sum.bytes += crate::source::size(path);
+    }
+    Ok(sum)
+}
+
+fn own_file_error(path: &Path, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    let hint = "remove this file and run the same command again: it will be made anew";
+    Error::data("an intermediate file is damaged").file(path.display()).source(error).hint(hint)
+}
+
+/// A failed write of Parquet, where a full disk arrives wrapped.
+fn parquet_error(path: &Path, error: parquet::errors::ParquetError) -> Error {
+    match error {
+        parquet::errors::ParquetError::External(source) => match source.downcast::<std::io::Error>() {
+            Ok(io) => write_error(path, *io),
+            Err(other) => Error::internal("cannot encode a table").file(path.display()).source(other),
+        },
+        other => Error::internal("cannot encode a table").file(path.display()).source(other),
+    }
+}
+
+/// A failed query: our own error if one of our functions raised it, else the engine's.
+pub fn query_error(error: DataFusionError) -> Error {
+    match error {
+        DataFusionError::External(source) => match source.downcast::<Error>() {
+            Ok(own) => *own,
+            Err(other) => Error::data("a query failed").source(other),
+        },
+        DataFusionError::Context(_, inner) => query_error(*inner),
+        DataFusionError::Shared(shared) => Error::data(format!("a query failed: {shared}")),
+        DataFusionError::IoError(e) => Error::system("a query could not read or write a file").source(e).hint("check the disk, then run again"),
+        other => Error::data("a query failed").source(other),
+    }
+}

@@ -1,0 +1,147 @@
+//! Stage `histogram`: how often each cluster occurs in the corpus and in each domain, and what each cluster is about.
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, AsArray, ListBuilder, RecordBatch, StringBuilder};
+use arrow::datatypes::{DataType, Field, Float64Type, Int64Type, Schema, SchemaRef, UInt32Type};
+use trommel_core::error::{Error, Result};
+
+use crate::cluster;
+use crate::embed::read_sample;
+use crate::engine::{Engine, Written, write_parquet};
+use crate::outputs::Outputs;
+
+/// Terms that describe a cluster.
+const TOP_TERMS: usize = 8;
+
+/// One row of the table `histograms`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Bin {
+    /// `corpus` or the domain's name.
+    pub domain: String,
+    /// The cluster.
+    pub cluster_id: u32,
+    /// Windows in it.
+    pub windows: i64,
+    /// Bytes of text in it.
+    pub bytes: i64,
+    /// Share of the domain's windows.
+    pub share: f64,
+}
+
+/// Writes `histograms` and the statistics of the clusters.
+pub fn run(engine: &Engine, outputs: &Outputs) -> Result<Written> {
+    let session = engine.parallel_session([]);
+    let files: Vec<&Path> = outputs.units.iter().map(|u| u.assignments.as_path()).collect();
+    engine.register(&session, "assignments", &files)?;
+    engine.register(&session, "tree", &[&outputs.clusters])?;
+    let statistics = engine.collect(&session, include_str!("sql/cluster_statistics.sql"))?;
+    let described = describe(engine, outputs, statistics)?;
+    let mut written = write_parquet(&outputs.cluster_statistics, &statistics_schema(), described.into_iter().map(Ok))?;
+    let frame = engine.query(&session, include_str!("sql/histogram.sql"))?;
+    let histograms = engine.write(frame, &schema(), &outputs.histograms)?;
+    written.rows += histograms.rows;
+    written.bytes += histograms.bytes;
+    Ok(written)
+}
+
+fn schema() -> SchemaRef {
+    Arc::new(Schema::new(vec![
+        Field::new("domain", DataType::Utf8, false),
+        Field::new("cluster_id", DataType::UInt32, false),
+        Field::new("windows", DataType::Int64, false),
+        Field::new("bytes", DataType::Int64, false),
+        Field::new("share", DataType::Float64, false),
+    ]))
+}
+
+fn statistics_schema() -> SchemaRef {
+    let terms = DataType::List(Arc::new(Field::new("item", DataType::Utf8, true)));
+    Arc::new(Schema::new(vec![
+        Field::new("cluster_id", DataType::UInt32, false),
+        Field::new("windows", DataType::Int64, false),
+        Field::new("bytes", DataType::Int64, false),
+        Field::new("mean_distance", DataType::Float64, true),
+        Field::new("top_terms", terms, false),
+    ]))
+}
+
+/// Reads `histograms` back, ordered by domain and cluster.
+pub fn read(engine: &Engine, outputs: &Outputs) -> Result<Vec<Bin>> {
+    let session = engine.session(1, []);
+    engine.register(&session, "histograms", &[&outputs.histograms])?;
+    let mut bins = Vec::new();
+    let sql = "SELECT domain, cluster_id, windows, bytes, share FROM histograms ORDER BY domain, cluster_id";
+    for batch in engine.collect(&session, sql)? {
+        for row in 0..batch.num_rows() {
+            bins.push(Bin {
+                domain: batch.column(0).as_string_view().value(row).to_owned(),
+                cluster_id: batch.column(1).as_primitive::<UInt32Type>().value(row),
+                windows: batch.column(2).as_primitive::<Int64Type>().value(row),
+                bytes: batch.column(3).as_primitive::<Int64Type>().value(row),
+                share: batch.column(4).as_primitive::<Float64Type>().value(row),
+            });
+        }
+    }
+    Ok(bins)
+}
+
+/// Adds the column `top_terms`, from the sample's windows in each leaf.
+fn describe(engine: &Engine, outputs: &Outputs, statistics: Vec<RecordBatch>) -> Result<Vec<RecordBatch>> {
+    let tree = cluster::stage::read(engine, outputs)?;
+    let sample = read_sample(engine, outputs)?;
+    let vectors: Vec<f32> = sample.iter().flat_map(|s| &s.embedding).copied().collect();
+    let clusters = tree.assign(&vectors);
+    let terms = top_terms(sample.iter().zip(&clusters).map(|(s, a)| (a.cluster_id, s.text.as_str())));
+    let schema = statistics_schema();
+    let add = |batch: RecordBatch| {
+        let mut column = ListBuilder::new(StringBuilder::new());
+        for id in batch.column(0).as_primitive::<UInt32Type>().values() {
+            column.append_value(terms.get(id).into_iter().flatten().map(|t| Some(t.as_str())));
+        }
+        let columns: Vec<ArrayRef> = [batch.columns(), &[Arc::new(column.finish())]].concat();
+        let columns = columns.iter().zip(schema.fields()).map(|(c, f)| arrow::compute::cast(c, f.data_type()));
+        let columns = columns.collect::<Result<Vec<_>, _>>();
+        columns.and_then(|c| RecordBatch::try_new(Arc::clone(&schema), c)).map_err(|e| Error::internal("no table").source(e))
+    };
+    statistics.into_iter().map(add).collect()
+}
+
+/// The terms that set each cluster apart, by class-based TF-IDF: a term's share of the cluster's windows times the log of
+/// one plus the average number of windows per cluster over the windows that hold the term. [BERTopic, arXiv 2203.05794]
+fn top_terms<'a>(windows: impl Iterator<Item = (u32, &'a str)>) -> HashMap<u32, Vec<String>> {
+    let mut counts: HashMap<u32, (usize, HashMap<String, usize>)> = HashMap::new();
+    let mut overall: HashMap<String, usize> = HashMap::new();
+    for (cluster, text) in windows {
+        let (size, terms) = counts.entry(cluster).or_default();
+        *size += 1;
+        let words = text.split(|c: char| !c.is_alphabetic()).filter(|w| w.chars().count() > 2);
+        for word in words.map(str::to_lowercase).collect::<HashSet<_>>() {
+            *overall.entry(word.clone()).or_default() += 1;
+            *terms.entry(word).or_default() += 1;
+        }
+    }
+    let average = counts.values().map(|(size, _)| size).sum::<usize>() as f64 / counts.len().max(1) as f64;
+    let rank = |(size, terms): (usize, HashMap<String, usize>)| {
+        let score = |term: &String, n: usize| n as f64 / size as f64 * (1.0 + average / overall[term] as f64).ln();
+        let mut scored: Vec<(f64, String)> = terms.into_iter().map(|(term, n)| (score(&term, n), term)).collect();
+        scored.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(&b.1)));
+        scored.into_iter().take(TOP_TERMS).map(|(_, term)| term).collect()
+    };
+    counts.into_iter().map(|(cluster, found)| (cluster, rank(found))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn terms_that_are_everywhere_do_not_describe() {
+        let windows = [(0, "the psalm and the lamb"), (0, "the psalm"), (1, "the query and the index"), (1, "the query")];
+        let terms = top_terms(windows.into_iter());
+        assert_eq!(terms[&0][0], "psalm");
+        assert_eq!(terms[&1][0], "query");
+    }
+}

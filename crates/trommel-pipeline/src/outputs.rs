@@ -1,0 +1,198 @@
+//! The name of every output, computed before anything runs.
+//!
+//! A name contains the key of what produces the file: the source's fingerprint, the settings and the code version of its
+//! stage, and the keys of the stages before it. So a file that is there is done, and a changed setting changes the names
+//! of exactly the files that depend on it:
+//!
+//! ```text
+//!   source file -> windows, embed, sample --+-> cluster -> assign -> histogram -> weigh -> resample -> shard
+//!                                           +-> tokenizer -----------------------------------^
+//! ```
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use serde::Serialize;
+use trommel_core::error::{Error, Result};
+use trommel_core::key::Key;
+use trommel_core::schema::CORPUS;
+use trommel_spec::pipeline::Method;
+use trommel_spec::plan::{Plan, Source};
+
+use crate::source::SourceFile;
+
+/// The code version of each stage. Raise one when its stage's output changes for equal input.
+mod version {
+    pub(super) const WINDOWS: &str = "windows 1";
+    pub(super) const EMBED: &str = "embed 1";
+    pub(super) const CLUSTER: &str = "cluster 1";
+    pub(super) const ASSIGN: &str = "assign 1";
+    pub(super) const HISTOGRAM: &str = "histogram 1";
+    pub(super) const WEIGH: &str = "weigh 1";
+    pub(super) const TOKENIZER: &str = "tokenizer 1";
+    pub(super) const RESAMPLE: &str = "resample 1";
+    pub(super) const SHARD: &str = "shard 1";
+}
+
+/// The work and the outputs of one input file.
+#[derive(Debug, Clone)]
+pub struct Unit {
+    /// `corpus` or the domain's name.
+    pub source: String,
+    /// The input file.
+    pub file: SourceFile,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// Rows that cannot be used.
+    pub rejects: PathBuf,
+    /// Where each window lies.
+    pub windows: PathBuf,
+    /// The windows of lowest priority with their text; only for the corpus.
+    pub sample: Option<PathBuf>,
+    /// The vector of each window.
+    pub embeddings: PathBuf,
+    /// The cluster of each window.
+    pub assignments: PathBuf,
+    /// The windows drawn from it, for every domain; only for the corpus.
+    pub draws: Option<PathBuf>,
+}
+
+/// The name of every output of a run.
+#[derive(Debug, Clone)]
+pub struct Outputs {
+    /// Corpus files, then the files of each domain's train set.
+    pub units: Vec<Unit>,
+    /// The tree of clusters.
+    pub clusters: PathBuf,
+    /// Size, mean distance and typical terms of each cluster.
+    pub cluster_statistics: PathBuf,
+    /// Domain x cluster counts.
+    pub histograms: PathBuf,
+    /// Domain x cluster weights.
+    pub weights: PathBuf,
+    /// The tokenizer of the shards.
+    pub tokenizer: PathBuf,
+    /// Domain x cluster rates of drawing.
+    pub rates: PathBuf,
+    /// What the weights do to each domain.
+    pub diagnostics: PathBuf,
+    /// One folder of shards per domain, and one for the corpus if the unweighted model is wanted.
+    pub shards: Vec<(String, PathBuf)>,
+    /// The key of everything that the shards depend on; what is trained on them is named with it.
+    pub shards_key: Key,
+}
+
+/// An input file and the keys of what is made of it alone.
+struct Input<'a> {
+    source: &'a Source,
+    path: &'a Path,
+    bytes: u64,
+    windows: Key,
+    embed: Key,
+}
+
+impl Outputs {
+    /// Names every output. Reads no more of the sources than their ends.
+    pub fn of(plan: &Plan, embedder: Key) -> Result<Outputs> {
+        let spec = &plan.spec;
+        let seed = spec.seed.to_le_bytes();
+        let inputs = inputs(plan, embedder)?;
+        let keys = |corpus_only: bool| {
+            let mut keys: Vec<Key> = inputs.iter().filter(|i| !corpus_only || i.source.name == CORPUS).map(|i| i.embed).collect();
+            keys.sort();
+            keys.iter().flat_map(|k| k.0.to_le_bytes()).collect::<Vec<u8>>()
+        };
+        let after = |version: &str, before: Key, settings: &[u8]| Key::of([version.as_bytes(), &before.0.to_le_bytes(), settings]);
+
+        let cluster_settings = (spec.cluster.levels(), spec.cluster.balance(), spec.cluster.sample(), spec.cluster.iterations());
+        let cluster = Key::of([version::CLUSTER.as_bytes(), &keys(true), &json(&cluster_settings)?, &seed]);
+        let histogram = after(version::HISTOGRAM, cluster, &keys(false));
+        let weigh = after(version::WEIGH, histogram, &json(&spec.weigh)?);
+        let tokenizer = match &spec.shard.tokenizer.path {
+            Some(path) => Key::of_bytes(&std::fs::read(path).map_err(|e| Error::config("cannot read it").file(path.display()).source(e))?),
+            None => Key::of([version::TOKENIZER.as_bytes(), &keys(true), &spec.shard.tokenizer.vocab().to_le_bytes(), &seed]),
+        };
+        let streams = streams(plan);
+        let resample_settings = json(&(&spec.resample, &streams, spec.seed, tokenizer.to_string()))?;
+        let resample = after(version::RESAMPLE, weigh, &resample_settings);
+        let shards_key = after(version::SHARD, resample, &json(&spec.shard.shard_tokens)?);
+
+        let path = |stage: &str, name: &str, key: Key| plan.run_dir.join(stage).join(format!("{name}-{}.parquet", key.short()));
+        let units = inputs.iter().map(|input| {
+            let name = &input.source.name;
+            let is_corpus = name == CORPUS;
+            let assign = after(version::ASSIGN, input.embed, &cluster.0.to_le_bytes());
+            Unit {
+                source: name.clone(),
+                file: SourceFile { path: input.path.to_owned(), text: input.source.text.clone(), id: input.source.id.clone() },
+                bytes: input.bytes,
+                rejects: path("windows", &format!("{name}-rejects"), input.windows),
+                windows: path("windows", name, input.windows),
+                sample: is_corpus.then(|| path("embed", "sample", after("sample", input.embed, &seed))),
+                embeddings: path("embed", name, input.embed),
+                assignments: path("assign", name, assign),
+                draws: is_corpus.then(|| path("resample", "draws", after("draws", assign, &resample.0.to_le_bytes()))),
+            }
+        });
+        Ok(Outputs {
+            units: units.collect(),
+            clusters: path("cluster", "clusters", cluster),
+            cluster_statistics: path("histogram", "clusters", histogram),
+            histograms: path("histogram", "histograms", histogram),
+            weights: path("weigh", "weights", weigh),
+            tokenizer: plan.run_dir.join("tokenizer").join(format!("{}.json", tokenizer.short())),
+            rates: path("resample", "rates", resample),
+            diagnostics: path("resample", "diagnostics", resample),
+            shards: streams.iter().map(|s| (s.clone(), plan.run_dir.join("shards").join(s))).collect(),
+            shards_key,
+        })
+    }
+
+    /// The units of the corpus.
+    pub fn corpus(&self) -> impl Iterator<Item = &Unit> {
+        self.units.iter().filter(|u| u.source == CORPUS)
+    }
+}
+
+/// The sets that shards are made for: the domains, and `corpus` if a model is to be trained on the unweighted corpus.
+pub fn streams(plan: &Plan) -> Vec<String> {
+    let generic = plan.spec.train.as_ref().is_some_and(|t| t.methods.contains(&Method::Slm));
+    plan.spec.domains.keys().cloned().chain(generic.then(|| CORPUS.to_owned())).collect()
+}
+
+fn inputs(plan: &Plan, embedder: Key) -> Result<Vec<Input<'_>>> {
+    let mut inputs = Vec::new();
+    for source in std::iter::once(&plan.corpus).chain(plan.domains.iter().map(|d| &d.train)) {
+        for path in &source.files {
+            let (bytes, fingerprint) = fingerprint(path)?;
+            let settings = json(&(&source.name, &source.text, &source.id, &plan.spec.windows))?;
+            let parts = [version::WINDOWS.as_bytes(), path.as_os_str().as_encoded_bytes(), &fingerprint.0.to_le_bytes(), &settings];
+            let windows = Key::of(parts);
+            let embed = Key::of([version::EMBED.as_bytes(), &windows.0.to_le_bytes(), &embedder.0.to_le_bytes()]);
+            inputs.push(Input { source, path, bytes, windows, embed });
+        }
+    }
+    Ok(inputs)
+}
+
+/// Size of a file, and the key of its size, its time of change, and the 64 KB at either end (a Parquet file's footer).
+fn fingerprint(path: &Path) -> Result<(u64, Key)> {
+    const END: u64 = 64 << 10;
+    let read = || -> std::io::Result<(u64, Key)> {
+        let mut file = File::open(path)?;
+        let metadata = file.metadata()?;
+        let changed = metadata.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let mut ends = Vec::new();
+        file.by_ref().take(END).read_to_end(&mut ends)?;
+        file.seek(SeekFrom::Start(metadata.len().saturating_sub(END)))?;
+        file.take(END).read_to_end(&mut ends)?;
+        Ok((metadata.len(), Key::of([&metadata.len().to_le_bytes()[..], &changed.to_le_bytes(), &ends])))
+    };
+    read().map_err(|e| Error::data("cannot read the file").file(path.display()).source(e).hint("check the path and its permissions"))
+}
+
+fn json(value: &impl Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec(value).map_err(|e| Error::internal("a setting cannot be written").source(e))
+}

@@ -1,0 +1,376 @@
+//! A run: every stage in the order of the data, each skipped where its outputs are there.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
+use trommel_core::error::{Error, Result};
+use trommel_core::key::checksum_file;
+use trommel_core::progress::{Interrupt, Progress};
+use trommel_core::schema::CORPUS;
+use trommel_core::storage::{create_folder, remove_temporaries, write_error};
+use trommel_embed::Embedder;
+use trommel_spec::plan::Plan;
+
+use crate::embed::{Counts, Pass, counts};
+use crate::engine::{Engine, Written, written};
+use crate::outputs::{Outputs, Unit};
+use crate::shard::{Sharding, checksum_of, finished};
+use crate::{assign, catalog, cluster, histogram, resample, tokenizer, weigh};
+
+/// The stages of the pipeline, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// Documents are cut.
+    Windows,
+    /// Windows become vectors.
+    Embed,
+    /// Clusters are fitted.
+    Cluster,
+    /// Windows find their cluster.
+    Assign,
+    /// Clusters are counted.
+    Histogram,
+    /// Counts become weights.
+    Weigh,
+    /// The tokenizer is trained.
+    Tokenizer,
+    /// Windows are drawn.
+    Resample,
+    /// Draws become shards.
+    Shard,
+}
+
+impl Stage {
+    /// Every stage, in order.
+    pub const ALL: [Stage; 9] = [
+        Stage::Windows,
+        Stage::Embed,
+        Stage::Cluster,
+        Stage::Assign,
+        Stage::Histogram,
+        Stage::Weigh,
+        Stage::Tokenizer,
+        Stage::Resample,
+        Stage::Shard,
+    ];
+
+    /// The name on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Stage::Windows => "windows",
+            Stage::Embed => "embed",
+            Stage::Cluster => "cluster",
+            Stage::Assign => "assign",
+            Stage::Histogram => "histogram",
+            Stage::Weigh => "weigh",
+            Stage::Tokenizer => "tokenizer",
+            Stage::Resample => "resample",
+            Stage::Shard => "shard",
+        }
+    }
+}
+
+/// What one stage did.
+#[derive(Debug, Clone, Serialize)]
+pub struct StageReport {
+    /// The stage's name.
+    pub stage: String,
+    /// Whether all its outputs were there already.
+    pub cached: bool,
+    /// Wall time; windows are cut while they are embedded, so that time is under `embed`.
+    pub seconds: f64,
+    /// Rows of its outputs; of a stage that has not run, unknown.
+    pub rows: Option<u64>,
+    /// Bytes of its outputs.
+    pub bytes: Option<u64>,
+}
+
+/// A run directory that is held by this process.
+pub struct Run<'a> {
+    plan: &'a Plan,
+    outputs: Outputs,
+    embedder: Arc<dyn Embedder>,
+    engine: Engine,
+    reports: Vec<StageReport>,
+    _lock: File,
+}
+
+/// Margins over the token budget: the first one nearly always suffices, the next ones serve when the sample misjudged how
+/// many tokens a byte of the drawn text makes.
+const MARGINS: [f64; 3] = [1.1, 1.6, 3.0];
+
+impl<'a> Run<'a> {
+    /// Takes the run directory, loads the model, and names every output.
+    pub fn open(plan: &'a Plan, threads: usize, progress: Arc<dyn Progress>, interrupt: Interrupt) -> Result<Run<'a>> {
+        let lock = lock(&plan.run_dir)?;
+        remove_temporaries(&plan.run_dir)?;
+        let embedder: Arc<dyn Embedder> = Arc::from(trommel_embed::load::load(&plan.spec.embed.model)?);
+        let outputs = Outputs::of(plan, embedder.key())?;
+        let engine = Engine::new(threads, plan.run_dir.join("spill"), progress, interrupt)?;
+        Ok(Run { plan, outputs, embedder, engine, reports: Vec::new(), _lock: lock })
+    }
+
+    /// The names of the outputs.
+    pub fn outputs(&self) -> &Outputs {
+        &self.outputs
+    }
+
+    /// Runs the stages up to and including `until`.
+    pub fn stages(&mut self, until: Stage) -> Result<Vec<StageReport>> {
+        for stage in Stage::ALL.into_iter().filter(|&s| s <= until) {
+            self.engine.interrupt.check()?;
+            let start = Instant::now();
+            let cached = is_done(&self.outputs, stage);
+            if !cached && !(stage == Stage::Windows && until >= Stage::Embed) {
+                self.engine.progress.begin(stage.name(), self.amount(stage)?, unit_of(stage));
+                let result = self.make(stage);
+                self.engine.progress.end();
+                result.map_err(|e| e.stage(stage.name()))?;
+            }
+            let made = if is_done(&self.outputs, stage) { Some(size_of(&self.outputs, stage)?) } else { None };
+            self.reports.push(StageReport {
+                stage: stage.name().to_owned(),
+                cached,
+                seconds: start.elapsed().as_secs_f64(),
+                rows: made.map(|w| w.rows),
+                bytes: made.map(|w| w.bytes),
+            });
+            catalog::write(self.plan, &self.outputs)?;
+            if stage == Stage::Windows && made.is_some() || stage == Stage::Embed {
+                self.check_windows().map_err(|e| e.stage("windows"))?;
+            }
+        }
+        // The first report was made before the pass that wrote the windows.
+        if let Some(report) = self.reports.first_mut().filter(|r| r.rows.is_none()) {
+            let made = size_of(&self.outputs, Stage::Windows)?;
+            (report.rows, report.bytes) = (Some(made.rows), Some(made.bytes));
+        }
+        Ok(self.reports.clone())
+    }
+
+    fn make(&self, stage: Stage) -> Result<()> {
+        let (engine, outputs, spec) = (&self.engine, &self.outputs, &self.plan.spec);
+        match stage {
+            Stage::Windows | Stage::Embed => {
+                let embedder = (stage == Stage::Embed).then_some(&self.embedder);
+                let pass = Pass { engine, embedder, window_bytes: spec.windows.bytes, seed: spec.seed };
+                engine.for_each(&missing(outputs, stage), |unit| pass.run(unit))
+            }
+            Stage::Cluster => {
+                let mut windows = 0;
+                for unit in outputs.corpus() {
+                    windows += counts(unit)?.windows;
+                }
+                cluster::stage::run(engine, outputs, spec, windows).map(|_| ())
+            }
+            Stage::Assign => {
+                let tree = Arc::new(cluster::stage::read(engine, outputs)?);
+                engine.for_each(&missing(outputs, stage), |unit| assign::run(engine, unit, &tree))
+            }
+            Stage::Histogram => histogram::run(engine, outputs).map(|_| ()),
+            Stage::Weigh => weigh::run(engine, outputs, spec).map(|_| ()),
+            Stage::Tokenizer => tokenizer::run(engine, outputs, &spec.shard.tokenizer).map(|_| ()),
+            Stage::Resample => self.draw(MARGINS[0]),
+            Stage::Shard => self.shard(),
+        }
+    }
+
+    fn draw(&self, margin: f64) -> Result<()> {
+        let (engine, outputs) = (&self.engine, &self.outputs);
+        if !outputs.rates.exists() {
+            resample::write_rates(engine, outputs, self.plan, margin)?;
+        }
+        engine.for_each(&missing(outputs, Stage::Resample), |unit| resample::draw(engine, outputs, self.plan, unit))?;
+        resample::write_diagnostics(engine, outputs)
+    }
+
+    fn shard(&self) -> Result<()> {
+        for (domain, folder) in &self.outputs.shards {
+            if finished(&self.outputs, folder).is_some() {
+                continue;
+            }
+            let mut margins = MARGINS.iter();
+            let mut margin = MARGINS[0];
+            let sharding = |margin| Sharding { engine: &self.engine, outputs: &self.outputs, plan: self.plan, margin };
+            margins.next();
+            while sharding(margin).run(domain, folder)?.is_none() {
+                margin = *margins.next().ok_or_else(|| {
+                    let budget = self.plan.spec.resample.tokens;
+                    Error::data(format!("the corpus gives fewer than the {budget} tokens that are asked for `{domain}`"))
+                        .hint("lower `resample.tokens`, raise `weigh.max_epochs`, or add to the corpus")
+                })?;
+                self.redraw(margin)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Draws again with a larger margin, from nothing: what was drawn before stays drawn, so only more is added.
+    fn redraw(&self, margin: f64) -> Result<()> {
+        self.engine.progress.line(&format!("more tokens are needed than the sample foretold; drawing again with a margin of {margin}"));
+        let remove = |path: &Path| match std::fs::remove_file(path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(write_error(path, e)),
+            _ => Ok(()),
+        };
+        self.outputs.corpus().filter_map(|u| u.draws.as_deref()).try_for_each(remove)?;
+        for (domain, folder) in &self.outputs.shards {
+            if finished(&self.outputs, folder).is_none() {
+                std::fs::remove_dir_all(folder).map_err(|e| write_error(folder, e).hint(format!("remove the shards of `{domain}`")))?;
+            }
+        }
+        remove(&self.outputs.rates)?;
+        remove(&self.outputs.diagnostics)?;
+        self.draw(margin)
+    }
+
+    /// The work of a stage, for its progress.
+    fn amount(&self, stage: Stage) -> Result<Option<u64>> {
+        let units = missing(&self.outputs, stage);
+        Ok(match stage {
+            Stage::Windows | Stage::Embed | Stage::Resample => Some(units.iter().map(|u| u.bytes).sum()),
+            Stage::Assign => Some(units.iter().map(|u| counts(u).map(|c| c.windows)).sum::<Result<u64>>()?),
+            Stage::Shard => Some(self.plan.spec.resample.tokens.0 * self.outputs.shards.len() as u64),
+            _ => None,
+        })
+    }
+
+    /// Refuses a source without windows, or with more rejects than allowed.
+    fn check_windows(&self) -> Result<()> {
+        let mut sums: BTreeMap<&str, Counts> = BTreeMap::new();
+        for unit in &self.outputs.units {
+            let found = counts(unit)?;
+            let sum = sums.entry(&unit.source).or_default();
+            sum.documents += found.documents;
+            sum.windows += found.windows;
+            sum.rejected += found.rejected;
+        }
+        let limit = self.plan.spec.corpus.max_reject_share;
+        for (source, Counts { documents, windows, rejected }) in sums {
+            if rejected > 0 {
+                let files: Vec<&Path> = self.outputs.units.iter().filter(|u| u.source == source).map(|u| u.rejects.as_path()).collect();
+                let first = catalog::first_reject(&self.engine, &files)?;
+                let share = rejected as f64 / (documents + rejected) as f64;
+                let message = format!("{rejected} rows of `{source}` cannot be used ({:.2}%), the first one is {first}", share * 100.0);
+                if share > limit {
+                    return Err(Error::data(format!("{message}; {:.2}% are allowed", limit * 100.0)).hint(
+                        "mend the files, or raise `corpus.max_reject_share`; `trommel sql RUN_DIR -c 'SELECT * FROM rejects'` lists every row",
+                    ));
+                }
+                self.engine.progress.line(&message);
+            }
+            if windows == 0 {
+                let kind = if source == CORPUS { "the corpus".to_owned() } else { format!("the domain `{source}`") };
+                return Err(Error::data(format!("{kind} holds no text")).hint("check the paths and the name of the text column"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The checksums of what the run is for: equal wherever the same plan ran.
+    pub fn checksums(&self) -> Result<BTreeMap<String, String>> {
+        let mut checksums = BTreeMap::new();
+        if self.outputs.weights.exists() {
+            checksums.insert("weights".to_owned(), checksum_file(&self.outputs.weights)?);
+        }
+        for (domain, folder) in &self.outputs.shards {
+            if let Some(manifest) = finished(&self.outputs, folder) {
+                checksums.insert(format!("shards/{domain}"), checksum_of(&manifest));
+            }
+        }
+        Ok(checksums)
+    }
+}
+
+/// What a plan would do, without doing it: the state of every stage.
+pub fn survey(plan: &Plan) -> Result<Vec<StageReport>> {
+    let embedder = trommel_embed::load::load(&plan.spec.embed.model)?;
+    let outputs = Outputs::of(plan, embedder.key())?;
+    let report = |stage: Stage| -> Result<StageReport> {
+        let cached = is_done(&outputs, stage);
+        let made = if cached { Some(size_of(&outputs, stage)?) } else { None };
+        let (rows, bytes) = (made.map(|w| w.rows), made.map(|w| w.bytes));
+        Ok(StageReport { stage: stage.name().to_owned(), cached, seconds: 0.0, rows, bytes })
+    };
+    Stage::ALL.into_iter().map(report).collect()
+}
+
+fn unit_of(stage: Stage) -> &'static str {
+    match stage {
+        Stage::Assign => "windows",
+        Stage::Shard => "tokens",
+        _ => "bytes",
+    }
+}
+
+/// The files of a stage; empty for the shards, whose number is known only when they are written.
+fn files(outputs: &Outputs, stage: Stage) -> Vec<&Path> {
+    let units = outputs.units.iter();
+    match stage {
+        Stage::Windows => units.flat_map(|u| [u.windows.as_path(), u.rejects.as_path()]).collect(),
+        Stage::Embed => units.flat_map(|u| std::iter::once(u.embeddings.as_path()).chain(u.sample.as_deref())).collect(),
+        Stage::Cluster => vec![&outputs.clusters],
+        Stage::Assign => units.map(|u| u.assignments.as_path()).collect(),
+        Stage::Histogram => vec![&outputs.cluster_statistics, &outputs.histograms],
+        Stage::Weigh => vec![&outputs.weights],
+        Stage::Tokenizer => vec![&outputs.tokenizer],
+        Stage::Resample => units.filter_map(|u| u.draws.as_deref()).chain([outputs.rates.as_path(), &outputs.diagnostics]).collect(),
+        Stage::Shard => Vec::new(),
+    }
+}
+
+fn is_done(outputs: &Outputs, stage: Stage) -> bool {
+    match stage {
+        Stage::Shard => outputs.shards.iter().all(|(_, folder)| finished(outputs, folder).is_some()),
+        _ => files(outputs, stage).iter().all(|f| f.exists()),
+    }
+}
+
+/// The units whose output of a stage is missing.
+fn missing(outputs: &Outputs, stage: Stage) -> Vec<Unit> {
+    let lacks = |u: &&Unit| match stage {
+        Stage::Windows => !u.windows.exists() || !u.rejects.exists(),
+        Stage::Embed => !u.windows.exists() || !u.embeddings.exists() || u.sample.as_ref().is_some_and(|s| !s.exists()),
+        Stage::Assign => !u.assignments.exists(),
+        Stage::Resample => u.draws.as_ref().is_some_and(|d| !d.exists()),
+        _ => false,
+    };
+    outputs.units.iter().filter(lacks).cloned().collect()
+}
+
+/// Rows and bytes of a stage's main table.
+fn size_of(outputs: &Outputs, stage: Stage) -> Result<Written> {
+    let units = outputs.units.iter();
+    match stage {
+        Stage::Windows => written(units.map(|u| u.windows.as_path())),
+        Stage::Embed => written(units.map(|u| u.embeddings.as_path())),
+        Stage::Resample => written(units.filter_map(|u| u.draws.as_deref())),
+        Stage::Tokenizer => Ok(Written { rows: 1, bytes: crate::source::size(&outputs.tokenizer) }),
+        Stage::Shard => {
+            let manifests = outputs.shards.iter().filter_map(|(_, folder)| finished(outputs, folder).map(|m| (m, folder)));
+            Ok(manifests.fold(Written::default(), |sum, (manifest, folder)| Written {
+                rows: sum.rows + manifest.shards.iter().map(|s| s.rows).sum::<u64>(),
+                bytes: sum.bytes + manifest.shards.iter().map(|s| crate::source::size(&folder.join(&s.path))).sum::<u64>(),
+            }))
+        }
+        _ => written(files(outputs, stage)),
+    }
+}
+
+/// Holds the run directory for this process; the lock ends with the process, however it ends.
+fn lock(run_dir: &Path) -> Result<File> {
+    create_folder(run_dir)?;
+    let path = run_dir.join(".lock");
+    let file = File::create(&path).map_err(|e| write_error(&path, e))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(Error::system("another `trommel run` is working in this directory")
+            .file(run_dir.display())
+            .hint("wait until it has ended, or name another directory with `--run-dir`")),
+        Err(std::fs::TryLockError::Error(e)) => Err(write_error(&path, e)),
+    }
+}

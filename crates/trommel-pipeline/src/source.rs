@@ -1,0 +1,453 @@
+//! Documents from Parquet and JSON lines: batches of bounded size, and a list of the rows that cannot be used.
+//!
+//! A file that is damaged as a whole is an error. A row that cannot be used is a [`Reject`]: it is listed with its place,
+//! and the run fails when rejects exceed the share that the pipeline file allows.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch, StringViewBuilder, UInt64Array, new_null_array};
+use arrow::compute::{cast, filter_record_batch};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use parquet::arrow::ProjectionMask;
+use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
+use serde_json::Value;
+use trommel_core::error::{Error, Result};
+use trommel_spec::plan::Source;
+
+/// Text bytes that a batch aims at; one document can exceed it.
+const BATCH_BYTES: usize = 4 << 20;
+/// Rows that a batch never exceeds.
+const BATCH_ROWS: usize = 8192;
+/// The longest document, in bytes: Arrow's string columns end here, and so do Parquet's.
+const DOCUMENT_BYTES_MAX: usize = i32::MAX as usize;
+
+/// One file of documents.
+#[derive(Debug, Clone)]
+pub struct SourceFile {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// The column that holds the text.
+    pub text: String,
+    /// The column that identifies a document, if any.
+    pub id: Option<String>,
+}
+
+/// A row that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reject {
+    /// Row of the file, from 0; for JSON lines, the line minus one.
+    pub row: u64,
+    /// Why, in words.
+    pub reason: String,
+}
+
+/// Some usable documents, in the order of the file, and the rows among them that are not.
+#[derive(Debug)]
+pub struct Rows {
+    /// Columns of [`schema`].
+    pub batch: RecordBatch,
+    /// Rows left out of the batch.
+    pub rejects: Vec<Reject>,
+    /// Bytes of the file, as it lies on disk, that were read for this batch, about.
+    pub consumed: u64,
+}
+
+/// The columns of a batch: `row`, `id` (null without an id column), `text`.
+pub fn schema() -> SchemaRef {
+    Arc::new(Schema::new(vec![
+        Field::new("row", DataType::UInt64, false),
+        Field::new("id", DataType::Utf8View, true),
+        Field::new("text", DataType::Utf8View, false),
+    ]))
+}
+
+/// An iterator over the documents of a file.
+pub type RowsIterator = Box<dyn Iterator<Item = Result<Rows>> + Send>;
+
+impl SourceFile {
+    /// Opens the file and checks its columns.
+    pub fn read(&self) -> Result<RowsIterator> {
+        let result = match is_parquet(&self.path) {
+            true => self.read_parquet(),
+            false => self.read_lines(),
+        };
+        let name = self.path.display().to_string();
+        let rows = result.map_err(|e| e.file(&name))?;
+        Ok(Box::new(rows.map(move |r| r.map_err(|e| e.file(&name)))))
+    }
+
+    fn read_parquet(&self) -> Result<RowsIterator> {
+        let builder = ParquetRecordBatchReaderBuilder::try_new(open(&self.path)?).map_err(|e| {
+            Error::data("not a whole Parquet file").source(e).hint("the file is cut short or of another kind: copy it again or remove it")
+        })?;
+        let fields = builder.schema().fields().clone();
+        let mut columns = vec![text_column(&fields, &self.text)?];
+        if let Some(id) = &self.id {
+            columns.push(column(&fields, id, "id")?);
+        }
+        let rows = builder.metadata().file_metadata().num_rows().max(1) as usize;
+        let bytes: i64 = builder
+            .metadata()
+            .row_groups()
+            .iter()
+            .flat_map(|g| g.columns())
+            .filter(|c| c.column_path().parts().first() == Some(&self.text))
+            .map(|c| c.uncompressed_size())
+            .sum();
+        let batch_rows = (BATCH_BYTES * rows / (bytes.max(1) as usize)).clamp(1, BATCH_ROWS);
+        let mask = ProjectionMask::roots(builder.parquet_schema(), columns);
+        let reader = builder.with_projection(mask).with_batch_size(batch_rows).build().map_err(unreadable)?;
+        let row_bytes = size(&self.path) as f64 / rows as f64;
+        Ok(Box::new(ParquetRows { reader, text: self.text.clone(), id: self.id.clone(), row: 0, row_bytes }))
+    }
+
+    fn read_lines(&self) -> Result<RowsIterator> {
+        let (lines, consumed) = open_lines(&self.path)?;
+        Ok(Box::new(Lines { lines, text: self.text.clone(), id: self.id.clone(), line: 0, buffer: Vec::new(), ended: false, consumed }))
+    }
+}
+
+/// Whether a file's name says that it is Parquet; else it holds JSON lines.
+pub fn is_parquet(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e.eq_ignore_ascii_case("parquet"))
+}
+
+/// Opens a text file, decompressing as its name says; the number counts the bytes read from disk.
+pub fn open_lines(path: &Path) -> Result<(BufReader<Box<dyn Read + Send>>, Arc<AtomicU64>)> {
+    let consumed = Arc::new(AtomicU64::new(0));
+    let file = Counted { file: open(path)?, consumed: Arc::clone(&consumed) };
+    let name = path.to_string_lossy().to_lowercase();
+    let decoder: Box<dyn Read + Send> = if name.ends_with(".gz") {
+        Box::new(flate2::read::MultiGzDecoder::new(file))
+    } else if name.ends_with(".zst") {
+        Box::new(zstd::Decoder::new(file).map_err(|e| Error::data("cannot start to decompress").source(e))?)
+    } else {
+        Box::new(file)
+    };
+    Ok((BufReader::with_capacity(1 << 18, decoder), consumed))
+}
+
+fn open(path: &Path) -> Result<File> {
+    File::open(path).map_err(|e| Error::data("cannot open the file").source(e).hint("check the path and its permissions"))
+}
+
+/// Every text of a small source, such as a domain set, in order. Rows that cannot be used are an error here, since there
+/// is no table to list them in.
+pub fn read_texts(source: &Source) -> Result<Vec<String>> {
+    let mut texts = Vec::new();
+    for path in &source.files {
+        let file = SourceFile { path: path.clone(), text: source.text.clone(), id: None };
+        for rows in file.read()? {
+            let rows = rows?;
+            if let Some(reject) = rows.rejects.first() {
+                let error = Error::data(format!("a document cannot be used: {}", reject.reason)).file(path.display()).row(reject.row);
+                return Err(error.hint("mend or remove the row"));
+            }
+            texts.extend(rows.batch.column(2).as_string_view().iter().flatten().map(str::to_owned));
+        }
+    }
+    match texts.is_empty() {
+        true => Err(Error::data(format!("`{}` holds no documents", source.name))),
+        false => Ok(texts),
+    }
+}
+
+/// The size in bytes of a file on disk, 0 if it is gone.
+pub fn size(path: &Path) -> u64 {
+    path.metadata().map_or(0, |m| m.len())
+}
+
+fn column(fields: &arrow::datatypes::Fields, name: &str, key: &str) -> Result<usize> {
+    fields.iter().position(|f| f.name() == name).ok_or_else(|| {
+        let others = fields.iter().map(|f| format!("`{}`", f.name())).collect::<Vec<_>>().join(", ");
+        Error::data(format!("there is no column `{name}`")).hint(format!("the columns are {others}; name one of them as `{key}:`"))
+    })
+}
+
+fn text_column(fields: &arrow::datatypes::Fields, name: &str) -> Result<usize> {
+    let is_text = |t: &DataType| match t {
+        DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => true,
+        DataType::Dictionary(_, value) => matches!(**value, DataType::Utf8 | DataType::LargeUtf8),
+        _ => false,
+    };
+    let index = column(fields, name, "text")?;
+    if is_text(fields[index].data_type()) {
+        return Ok(index);
+    }
+    let texts: Vec<String> = fields.iter().filter(|f| is_text(f.data_type())).map(|f| format!("`{}`", f.name())).collect();
+    let hint = match texts.is_empty() {
+        true => "no column of this file holds text".to_owned(),
+        false => format!("the columns that hold text are {}; name one of them as `text:`", texts.join(", ")),
+    };
+    Err(Error::data(format!("the column `{name}` holds {}, not text", fields[index].data_type())).hint(hint))
+}
+
+fn unreadable(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    Error::data("the file is damaged").source(error).hint("copy it again, or remove it from `paths`")
+}
+
+struct ParquetRows {
+    reader: ParquetRecordBatchReader,
+    text: String,
+    id: Option<String>,
+    row: u64,
+    row_bytes: f64,
+}
+
+impl ParquetRows {
+    fn convert(&mut self, batch: &RecordBatch) -> Result<Rows> {
+        let first = self.row;
+        self.row += batch.num_rows() as u64;
+        let get = |name: &str| batch.column_by_name(name).ok_or_else(|| Error::internal("a projected column is missing"));
+        let text = cast(get(&self.text)?, &DataType::Utf8View).map_err(unreadable)?;
+        let id = match &self.id {
+            Some(name) => cast(get(name)?, &DataType::Utf8View)
+                .map_err(|e| Error::data(format!("the column `{name}` cannot identify documents")).source(e))?,
+            None => new_null_array(&DataType::Utf8View, batch.num_rows()),
+        };
+        let rows = UInt64Array::from_iter_values(first..self.row);
+        let batch = RecordBatch::try_new(nullable(), vec![Arc::new(rows), id, text]).map_err(unreadable)?;
+        let consumed = (batch.num_rows() as f64 * self.row_bytes) as u64;
+        Ok(Rows { consumed, ..keep_usable(&batch, self.id.as_deref(), Vec::new())? })
+    }
+}
+
+impl Iterator for ParquetRows {
+    type Item = Result<Rows>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let batch = self.reader.next()?;
+        Some(batch.map_err(|e| unreadable(e).row(self.row)).and_then(|b| self.convert(&b)))
+    }
+}
+
+/// [`schema`] before unusable rows are taken out.
+fn nullable() -> SchemaRef {
+    Arc::new(Schema::new(schema().fields().iter().map(|f| f.as_ref().clone().with_nullable(f.name() != "row")).collect::<Vec<_>>()))
+}
+
+/// Moves the rows without text, or without an identifier where there should be one, to the rejects.
+fn keep_usable(batch: &RecordBatch, id_column: Option<&str>, mut rejects: Vec<Reject>) -> Result<Rows> {
+    let (rows, ids, texts) = (batch.column(0), batch.column(1).as_string_view(), batch.column(2).as_string_view());
+    let rows = rows.as_primitive::<arrow::datatypes::UInt64Type>();
+    let reason = |i: usize| match () {
+        () if texts.is_null(i) => Some("the text is null".to_owned()),
+        () if texts.value(i).trim_ascii().is_empty() => Some("the text is empty".to_owned()),
+        () => id_column.filter(|_| ids.is_null(i)).map(|name| format!("the identifier `{name}` is null")),
+    };
+    let mut usable = Vec::with_capacity(batch.num_rows());
+    for i in 0..batch.num_rows() {
+        let reason = reason(i);
+        usable.push(reason.is_none());
+        rejects.extend(reason.map(|reason| Reject { row: rows.value(i), reason }));
+    }
+    let kept = filter_record_batch(batch, &BooleanArray::from(usable)).and_then(|b| b.with_schema(nullable())).map_err(unreadable)?;
+    let batch = RecordBatch::try_new(schema(), kept.columns().to_vec()).map_err(unreadable)?;
+    Ok(Rows { batch, rejects, consumed: 0 })
+}
+
+struct Lines {
+    lines: BufReader<Box<dyn Read + Send>>,
+    text: String,
+    id: Option<String>,
+    line: u64,
+    buffer: Vec<u8>,
+    ended: bool,
+    consumed: Arc<AtomicU64>,
+}
+
+/// A file that counts the bytes read from it, below any decompression.
+struct Counted {
+    file: File,
+    consumed: Arc<AtomicU64>,
+}
+
+impl Read for Counted {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.file.read(buffer)?;
+        self.consumed.fetch_add(read as u64, Ordering::Relaxed);
+        Ok(read)
+    }
+}
+
+impl Lines {
+    fn batch(&mut self) -> Result<Option<Rows>> {
+        let (mut rows, mut ids, mut texts) = (Vec::new(), StringViewBuilder::new(), StringViewBuilder::new());
+        let (mut rejects, mut bytes) = (Vec::new(), 0);
+        while !self.ended && bytes < BATCH_BYTES && rows.len() + rejects.len() < BATCH_ROWS {
+            self.buffer.clear();
+            let read = self.lines.read_until(b'\n', &mut self.buffer).map_err(|e| unreadable(e).at(self.line + 1, 1))?;
+            self.ended = read == 0;
+            if self.buffer.trim_ascii().is_empty() {
+                self.line += u64::from(!self.ended);
+                continue;
+            }
+            bytes += read;
+            let row = self.line;
+            self.line += 1;
+            match self.document() {
+                Ok((text, id)) => {
+                    rows.push(row);
+                    texts.append_option(text);
+                    ids.append_option(id);
+                }
+                Err(reason) => rejects.push(Reject { row, reason: format!("line {}: {reason}", row + 1) }),
+            }
+        }
+        if rows.is_empty() && rejects.is_empty() {
+            return Ok(None);
+        }
+        let columns: Vec<ArrayRef> = vec![Arc::new(UInt64Array::from(rows)), Arc::new(ids.finish()), Arc::new(texts.finish())];
+        let batch = RecordBatch::try_new(nullable(), columns).map_err(unreadable)?;
+        let consumed = self.consumed.swap(0, Ordering::Relaxed);
+        Ok(Some(Rows { consumed, ..keep_usable(&batch, self.id.as_deref(), rejects)? }))
+    }
+
+    /// Text and identifier of the line in the buffer, or why it has none.
+    fn document(&self) -> Result<(Option<String>, Option<String>), String> {
+        if self.buffer.len() > DOCUMENT_BYTES_MAX {
+            return Err(format!("{} bytes are more than the {DOCUMENT_BYTES_MAX} that one document may have", self.buffer.len()));
+        }
+        let line = std::str::from_utf8(&self.buffer).map_err(|e| format!("invalid UTF-8 at byte {}", e.valid_up_to() + 1))?;
+        let mut deserializer = serde_json::Deserializer::from_str(line);
+        let found = Fields { text: &self.text, id: self.id.as_deref() }.deserialize(&mut deserializer);
+        let (text, id) = found.and_then(|f| deserializer.end().map(|()| f)).map_err(|e| format!("not a JSON object: {e}"))?;
+        let text = match text {
+            None => return Err(format!("there is no key `{}`", self.text)),
+            Some(Value::String(text)) => Some(text),
+            Some(Value::Null) => None,
+            Some(other) => return Err(format!("`{}` is {}, not text", self.text, kind(&other))),
+        };
+        let id = match id {
+            Some(Value::String(id)) => Some(id),
+            Some(Value::Number(id)) => Some(id.to_string()),
+            _ => None,
+        };
+        Ok((text, id))
+    }
+}
+
+impl Iterator for Lines {
+    type Item = Result<Rows>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.batch().transpose()
+    }
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Bool(_) => "a truth value",
+        Value::Number(_) => "a number",
+        Value::Array(_) => "a list",
+        _ => "an object",
+    }
+}
+
+/// The two keys of a JSON object that matter; all others are skipped without being built.
+struct Fields<'a> {
+    text: &'a str,
+    id: Option<&'a str>,
+}
+
+impl<'de> DeserializeSeed<'de> for Fields<'_> {
+    type Value = (Option<Value>, Option<Value>);
+
+    fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Fields<'_> {
+    type Value = (Option<Value>, Option<Value>);
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let (mut text, mut id) = (None, None);
+        while let Some(key) = map.next_key::<std::borrow::Cow<'de, str>>()? {
+            if key == self.text {
+                let value: Value = map.next_value()?;
+                if self.id == Some(self.text) {
+                    id = Some(value.clone());
+                }
+                text = Some(value);
+            } else if Some(&*key) == self.id {
+                id = Some(map.next_value()?);
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok((text, id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn read(name: &str, content: &[u8], id: Option<&str>) -> Result<(Vec<(u64, String)>, Vec<Reject>)> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        let file = SourceFile { path, text: "text".into(), id: id.map(str::to_owned) };
+        let (mut documents, mut rejects) = (Vec::new(), Vec::new());
+        for rows in file.read()? {
+            let rows = rows?;
+            let numbers = rows.batch.column(0).as_primitive::<arrow::datatypes::UInt64Type>();
+            let texts = rows.batch.column(2).as_string_view();
+            documents.extend((0..rows.batch.num_rows()).map(|i| (numbers.value(i), texts.value(i).to_owned())));
+            rejects.extend(rows.rejects);
+        }
+        Ok((documents, rejects))
+    }
+
+    #[test]
+    fn bad_lines_are_listed_with_their_line() {
+        let lines = b"{\"text\":\"one\",\"n\":{\"a\":[1]}}\n\nnot json\n{\"text\":null}\n{\"text\":7}\n{\"txt\":\"x\"}\n{\"text\":\"\xff\"}\n{\"text\":\" \"}\n{\"text\":\"two\"}";
+        let (documents, rejects) = read("a.jsonl", lines, None).unwrap();
+        assert_eq!(documents, [(0, "one".to_owned()), (8, "two".to_owned())]);
+        let mut listed: Vec<String> = rejects.iter().map(|r| format!("{} {}", r.row, r.reason)).collect();
+        listed.sort();
+        assert_eq!(
+            listed,
+            [
+                "2 line 3: not a JSON object: expected ident at line 1 column 2",
+                "3 the text is null",
+                "4 line 5: `text` is a number, not text",
+                "5 line 6: there is no key `text`",
+                "6 line 7: invalid UTF-8 at byte 10",
+                "7 the text is empty",
+            ]
+        );
+    }
+
+    #[test]
+    fn compressed_lines_and_identifiers() {
+        let lines = b"{\"text\":\"one\",\"id\":7}\n{\"text\":\"two\"}\n";
+        let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gz.write_all(lines).unwrap();
+        let gz = gz.finish().unwrap();
+        for (name, content) in [("a.jsonl.gz", gz.clone()), ("a.jsonl.zst", zstd::encode_all(&lines[..], 1).unwrap())] {
+            let (documents, rejects) = read(name, &content, Some("id")).unwrap();
+            assert_eq!(documents.len(), 1, "{name}");
+            assert_eq!(rejects[0].reason, "the identifier `id` is null");
+        }
+        let error = read("a.jsonl.gz", &gz[..gz.len() - 9], None).unwrap_err().to_string();
+        assert!(error.contains("a.jsonl.gz:") && error.contains("damaged"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_is_no_parquet() {
+        let error = read("a.parquet", b"PAR2 nothing", None).unwrap_err().to_string();
+        assert!(error.contains("a.parquet: not a whole Parquet file"), "{error}");
+    }
+}

@@ -1,0 +1,6 @@
+-- windows(text) and embed(text): the windows of one input file, with their vectors.
+-- in:  source(file, row, id, text, source)
+-- out: document, window, file, row, byte_start, byte_len, source, text, embedding
+SELECT document, w['window'] AS window, file, row, w['byte_start'] AS byte_start, w['byte_len'] AS byte_len,
+       source, w['text'] AS text, embed(w['text']) AS embedding
+FROM (SELECT coalesce(id, content_key(text)) AS document, file, row, source, unnest(windows(text)) AS w FROM source)

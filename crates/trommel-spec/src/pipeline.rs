@@ -1,0 +1,314 @@
+//! The spec of a pipeline file: pure data, one struct per section, in the order of the data.
+//!
+//! The doc comment of each field is its published reference (`trommel schema`, editors).
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::count::Count;
+
+/// One run: a corpus, its domains, and what to make of them.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Pipeline {
+    /// Name of the run; its directory is `runs/<name>/`.
+    #[schemars(regex(pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"))]
+    pub name: String,
+    /// Seed of every random decision. Default 0.
+    #[serde(default)]
+    pub seed: u64,
+    /// The generic corpus that is searched for the domains' kind of text.
+    pub corpus: Corpus,
+    /// The domain sets by name. A name is lower-case letters, digits, `-` and `_`; `corpus` is taken.
+    #[schemars(length(min = 1))]
+    pub domains: BTreeMap<String, Domain>,
+    /// How documents are cut.
+    #[serde(default)]
+    pub windows: Windows,
+    /// How windows become vectors.
+    #[serde(default)]
+    pub embed: Embed,
+    /// How vectors become clusters.
+    #[serde(default)]
+    pub cluster: Cluster,
+    /// How cluster histograms become importance weights.
+    #[serde(default)]
+    pub weigh: Weigh,
+    /// How much text is drawn.
+    pub resample: Resample,
+    /// How draws become training shards.
+    #[serde(default)]
+    pub shard: Shard,
+    /// The models to pretrain on the shards; without it the run ends with the shards.
+    pub train: Option<Train>,
+    /// The fine-tuning on each domain that follows each pretraining; without it there is none.
+    pub finetune: Option<Finetune>,
+}
+
+/// Where the corpus lies and which of its columns matter.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Corpus {
+    /// Files, folders (searched recursively) and globs of Parquet (`.parquet`) or JSON lines (`.jsonl`, `.jsonl.gz`,
+    /// `.jsonl.zst`; `.json`, `.ndjson` likewise).
+    #[schemars(length(min = 1))]
+    pub paths: Vec<String>,
+    /// The column that holds the text. Default `text`.
+    #[serde(default = "text_column")]
+    pub text: String,
+    /// A column that identifies a document. Default: a 128-bit hash of its text.
+    pub id: Option<String>,
+    /// The run fails when more than this share of a source's rows cannot be used (0 to 1). Default 0.01.
+    #[serde(default = "max_reject_share")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub max_reject_share: f64,
+}
+
+/// Where a domain's documents lie.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Domain {
+    /// File, folder or glob of the documents that weights and fine-tuning may use.
+    pub train: String,
+    /// File, folder or glob of the held-out documents; used for the final evaluation and nothing else.
+    pub test: Option<String>,
+    /// The column that holds the text. Default `text`.
+    #[serde(default = "text_column")]
+    pub text: String,
+    /// A column that identifies a document. Default: a 128-bit hash of its text.
+    pub id: Option<String>,
+}
+
+/// How documents are cut. [PE 2.3]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Windows {
+    /// Longest window in UTF-8 bytes (16 to 1,000,000); cut at white space where there is any. Default 4096, which is
+    /// about 1,024 tokens of English.
+    #[serde(default = "window_bytes")]
+    #[schemars(range(min = 16, max = 1_000_000))]
+    pub bytes: u32,
+}
+
+/// How windows become vectors.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Embed {
+    /// `static` (built in), or the folder of a sentence-transformers model or of a distilled table. Default `static`.
+    #[serde(default = "static_model")]
+    pub model: String,
+}
+
+/// How vectors become clusters. Set `k` for flat k-means, or `levels` for a tree.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Cluster {
+    /// Number of clusters (2 to 65,536). Default 1024 [PE 2.3], unless `levels` is set.
+    #[schemars(range(min = 2, max = 65_536))]
+    pub k: Option<u32>,
+    /// Children per node, from root to leaves, such as `[32, 32]` for 1,024 leaves.
+    #[schemars(length(min = 1, max = 8))]
+    pub levels: Option<Vec<u32>>,
+    /// A cluster above this multiple of the uniform share is split, and the smallest one dissolved [CR] (at least 1).
+    /// Default: 1.5 with `levels`, off with `k`.
+    #[schemars(range(min = 1.0))]
+    pub balance: Option<f64>,
+    /// Windows that the clustering is fitted on, chosen by hash. Default: 256 per cluster.
+    pub sample: Option<Count>,
+    /// Rounds of k-means after the k-means++ start (1 to 1,000). Default 20 [CR].
+    #[schemars(range(min = 1, max = 1_000))]
+    pub iterations: Option<u32>,
+}
+
+/// How cluster histograms become importance weights `w_c = P(c|domain) / P(c|corpus)`. [PE 2.4]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Weigh {
+    /// Windows added to each cluster's count in a domain's histogram (0 or more). Off unless set.
+    #[schemars(range(min = 0.0))]
+    pub smoothing: Option<f64>,
+    /// Weights become `w_c^(1/temperature)`: above 1 flatter, below 1 sharper (more than 0). Off unless set.
+    pub temperature: Option<f64>,
+    /// No window is drawn more often than this, on average over its cluster (more than 0). What a capped cluster
+    /// cannot give is drawn from the others, and reported. Off unless set.
+    pub max_epochs: Option<f64>,
+}
+
+/// How much text is drawn.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Resample {
+    /// Tokens to draw per domain; met within one window.
+    pub tokens: Count,
+}
+
+/// How draws become training shards.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Shard {
+    /// The tokenizer of the shards and of the models trained on them.
+    #[serde(default)]
+    pub tokenizer: Tokenizer,
+    /// Tokens per shard file, about. Default 16M.
+    #[serde(default = "shard_tokens")]
+    pub shard_tokens: Count,
+}
+
+/// A tokenizer that is given or trained. Default: trained with 8,192 entries.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Tokenizer {
+    /// Trains a byte-level BPE on a sample of the corpus.
+    pub train: Option<TrainTokenizer>,
+    /// A `tokenizer.json` to use as it is.
+    pub path: Option<PathBuf>,
+}
+
+/// The training of a byte-level BPE tokenizer.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TrainTokenizer {
+    /// Entries of the vocabulary, bytes and the end-of-text token included (260 to 1,000,000).
+    #[schemars(range(min = 260, max = 1_000_000))]
+    pub vocab: u32,
+}
+
+/// The models to pretrain on the shards.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Train {
+    /// A preset: `slm-1m`, `slm-3m`, `slm-5m`, `slm-9m`, `slm-30m` or `slm-126m`.
+    pub model: String,
+    /// Tokens that a prediction can look back on, and the length of a training sequence (8 to 65,536). Default 1024.
+    #[serde(default = "context")]
+    #[schemars(range(min = 8, max = 65_536))]
+    pub context: u32,
+    /// Tokens of pretraining, the same for every method.
+    pub tokens: Count,
+    /// What to compare. Default: all of them.
+    #[serde(default = "all_methods")]
+    #[schemars(length(min = 1))]
+    pub methods: Vec<Method>,
+    /// How the learning rate moves. Default `cosine`.
+    #[serde(default)]
+    pub schedule: Schedule,
+}
+
+/// What a model is pretrained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// The unweighted corpus.
+    Slm,
+    /// The corpus resampled for the domain.
+    SlmIs,
+    /// The domain set only.
+    SlmNopt,
+}
+
+impl Method {
+    /// The name in YAML, JSON and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::Slm => "slm",
+            Method::SlmIs => "slm-is",
+            Method::SlmNopt => "slm-nopt",
+        }
+    }
+}
+
+/// How the learning rate moves after the warm-up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Schedule {
+    /// Half a cosine, down to a tenth.
+    #[default]
+    Cosine,
+    /// Constant, then a linear decay over the last fifth.
+    Wsd,
+}
+
+/// The fine-tuning on a domain set.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Finetune {
+    /// At most this many tokens; stops early when the held-out loss no longer falls.
+    pub tokens: Count,
+}
+
+fn text_column() -> String {
+    "text".into()
+}
+fn max_reject_share() -> f64 {
+    0.01
+}
+fn window_bytes() -> u32 {
+    4096
+}
+fn static_model() -> String {
+    "static".into()
+}
+fn shard_tokens() -> Count {
+    Count(16_000_000)
+}
+fn context() -> u32 {
+    1024
+}
+fn all_methods() -> Vec<Method> {
+    vec![Method::Slm, Method::SlmIs, Method::SlmNopt]
+}
+
+impl Default for Windows {
+    fn default() -> Self {
+        Windows { bytes: window_bytes() }
+    }
+}
+
+impl Default for Embed {
+    fn default() -> Self {
+        Embed { model: static_model() }
+    }
+}
+
+impl Default for Shard {
+    fn default() -> Self {
+        Shard { tokenizer: Tokenizer::default(), shard_tokens: shard_tokens() }
+    }
+}
+
+impl Cluster {
+    /// Children per node, from root to leaves: one level for flat k-means.
+    pub fn levels(&self) -> Vec<u32> {
+        self.levels.clone().unwrap_or_else(|| vec![self.k.unwrap_or(1024)])
+    }
+
+    /// Number of leaves.
+    pub fn leaves(&self) -> u64 {
+        self.levels().iter().map(|&n| u64::from(n)).product()
+    }
+
+    /// The multiple of the uniform share above which a cluster is split, if any.
+    pub fn balance(&self) -> Option<f64> {
+        self.balance.or(self.levels.is_some().then_some(1.5))
+    }
+
+    /// Windows that the clustering is fitted on.
+    pub fn sample(&self) -> u64 {
+        self.sample.map_or(256 * self.leaves(), |c| c.0)
+    }
+
+    /// Rounds of k-means.
+    pub fn iterations(&self) -> u32 {
+        self.iterations.unwrap_or(20)
+    }
+}
+
+impl Tokenizer {
+    /// Entries of the vocabulary when it is trained.
+    pub fn vocab(&self) -> u32 {
+        self.train.as_ref().map_or(8192, |t| t.vocab)
+    }
+}

@@ -1,0 +1,263 @@
+//! A spec whose files are found and whose contradictions are refused.
+
+use std::path::{Path, PathBuf};
+
+use trommel_core::error::Error;
+use trommel_core::schema::CORPUS;
+
+use crate::pipeline::Pipeline;
+use crate::validate;
+use crate::yaml::Document;
+
+/// What a run needs to know; nothing in it refers to YAML.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The spec, with defaults filled in.
+    pub spec: Pipeline,
+    /// The directory of all outputs.
+    pub run_dir: PathBuf,
+    /// The corpus.
+    pub corpus: Source,
+    /// The domains, by name.
+    pub domains: Vec<DomainSources>,
+}
+
+/// The files of one set of documents.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// `corpus` or the domain's name.
+    pub name: String,
+    /// The files, sorted by path, at least one.
+    pub files: Vec<PathBuf>,
+    /// The column that holds the text.
+    pub text: String,
+    /// The column that identifies a document, or none for a hash of its text.
+    pub id: Option<String>,
+}
+
+/// The two sets of a domain.
+#[derive(Debug, Clone)]
+pub struct DomainSources {
+    /// For weights and fine-tuning.
+    pub train: Source,
+    /// For the final evaluation only.
+    pub test: Option<Source>,
+}
+
+/// File name endings that can be read.
+pub const EXTENSIONS: [&str; 10] =
+    ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "ndjson", "ndjson.gz", "ndjson.zst", "json", "json.gz", "json.zst"];
+
+/// Reads, checks and resolves a pipeline file; returns every mistake at once.
+pub fn load(file: &Path, overlays: &[String], run_dir: Option<&Path>) -> Result<Plan, Vec<Error>> {
+    let document = read(file, overlays)?;
+    let spec: Pipeline = validate::read(&document)?;
+    resolve(&document, spec, run_dir)
+}
+
+/// Reads a YAML file as a tree of values with positions.
+pub fn read(file: &Path, overlays: &[String]) -> Result<Document, Vec<Error>> {
+    let text = std::fs::read(file).map_err(|e| vec![Error::config("cannot read the file").file(file.display()).source(e)])?;
+    let text = String::from_utf8(text).map_err(|_| vec![Error::config("the file is not UTF-8 text").file(file.display())])?;
+    Document::parse(&file.display().to_string(), &text, overlays).map_err(|e| vec![e])
+}
+
+fn resolve(document: &Document, spec: Pipeline, run_dir: Option<&Path>) -> Result<Plan, Vec<Error>> {
+    let mut mistakes = contradictions(document, &spec);
+    let mut files = |pointer: &str, patterns: &[&String]| {
+        let mut found = Vec::new();
+        for (index, pattern) in patterns.iter().enumerate() {
+            let pointer = if pointer == "/corpus/paths" { format!("{pointer}/{index}") } else { pointer.to_owned() };
+            match find(pattern) {
+                Ok(some) => found.extend(some),
+                Err((message, hint)) => mistakes.push(document.error(&pointer, message).hint(hint)),
+            }
+        }
+        found.sort();
+        found.dedup();
+        found
+    };
+    let corpus = Source {
+        name: CORPUS.to_owned(),
+        files: files("/corpus/paths", &spec.corpus.paths.iter().collect::<Vec<_>>()),
+        text: spec.corpus.text.clone(),
+        id: spec.corpus.id.clone(),
+    };
+    let mut domains = Vec::new();
+    for (name, domain) in &spec.domains {
+        let mut source = |split: &str, pattern: &String| Source {
+            name: name.clone(),
+            files: files(&format!("/domains/{name}/{split}"), &[pattern]),
+            text: domain.text.clone(),
+            id: domain.id.clone(),
+        };
+        let train = source("train", &domain.train);
+        domains.push(DomainSources { train, test: domain.test.as_ref().map(|test| source("test", test)) });
+    }
+    if !mistakes.is_empty() {
+        return Err(mistakes);
+    }
+    let run_dir = run_dir.map_or_else(|| Path::new("runs").join(&spec.name), Path::to_path_buf);
+    Ok(Plan { spec, run_dir, corpus, domains })
+}
+
+/// What the schema cannot say.
+fn contradictions(document: &Document, spec: &Pipeline) -> Vec<Error> {
+    let mut mistakes = Vec::new();
+    let mut require = |holds: bool, pointer: &str, message: String, hint: &str| {
+        if !holds {
+            mistakes.push(document.error(pointer, message).hint(hint));
+        }
+    };
+    for name in spec.domains.keys() {
+        let plain = name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "-_".contains(c)) && !name.is_empty();
+        let pointer = format!("/domains/{name}");
+        require(plain, &pointer, format!("`{name}` cannot name a domain"), "use lower-case letters, digits, `-` and `_`");
+        require(name != CORPUS, &pointer, "`corpus` cannot name a domain".into(), "the generic corpus has this name in every table");
+    }
+    let cluster = &spec.cluster;
+    require(
+        cluster.k.is_none() || cluster.levels.is_none(),
+        "/cluster/levels",
+        "`cluster.k` and `cluster.levels` exclude each other".into(),
+        "keep `k` for flat k-means or `levels` for a tree",
+    );
+    require(cluster.levels().iter().all(|&n| n >= 2), "/cluster/levels", "a level needs at least 2 children".into(), "such as `[32, 32]`");
+    let leaves = cluster.leaves();
+    require(leaves <= 1 << 24, "/cluster/levels", format!("{leaves} clusters are too many"), "at most 16,777,216");
+    require(
+        cluster.sample() >= leaves,
+        "/cluster/sample",
+        format!("a sample of {} windows cannot make {leaves} clusters", cluster.sample()),
+        "leave `cluster.sample` out for 256 windows per cluster",
+    );
+    let tokenizer = &spec.shard.tokenizer;
+    require(
+        tokenizer.train.is_none() || tokenizer.path.is_none(),
+        "/shard/tokenizer/path",
+        "`shard.tokenizer.train` and `shard.tokenizer.path` exclude each other".into(),
+        "keep one of them",
+    );
+    if let Some(path) = &tokenizer.path {
+        require(path.is_file(), "/shard/tokenizer/path", format!("`{}` is not a file", path.display()), "name a `tokenizer.json`");
+    }
+    let model = &spec.embed.model;
+    require(
+        model == "static" || Path::new(model).is_dir(),
+        "/embed/model",
+        format!("`{model}` is not a folder"),
+        "use `static`, or the folder of a sentence-transformers model",
+    );
+    for (name, value) in [("temperature", spec.weigh.temperature), ("max_epochs", spec.weigh.max_epochs)] {
+        let positive = value.is_none_or(|v| v > 0.0 && v.is_finite());
+        require(positive, &format!("/weigh/{name}"), format!("`weigh.{name}` must be above 0"), "leave it out to switch it off");
+    }
+    let mut counts = vec![("/resample/tokens", spec.resample.tokens), ("/shard/shard_tokens", spec.shard.shard_tokens)];
+    counts.extend(spec.train.as_ref().map(|t| ("/train/tokens", t.tokens)));
+    for (pointer, count) in counts {
+        let name = pointer.trim_start_matches('/').replace('/', ".");
+        require(count.0 > 0, pointer, format!("`{name}` must be above 0"), "such as `20M`");
+    }
+    mistakes
+}
+
+/// The files that a path, a folder or a glob names, at least one; else what is wrong with it, and the remedy.
+pub fn find(pattern: &str) -> Result<Vec<PathBuf>, (String, String)> {
+    let supported = || format!("readable are {}", EXTENSIONS.map(|e| format!("`.{e}`")).join(", "));
+    let path = Path::new(pattern);
+    if path.is_dir() {
+        let mut found = Vec::new();
+        walk(path, &mut found).map_err(|e| (format!("cannot list `{pattern}`: {e}"), "check its permissions".to_owned()))?;
+        return if found.is_empty() { Err((format!("the folder `{pattern}` holds no readable file"), supported())) } else { Ok(found) };
+    }
+    if path.is_file() {
+        return if readable(path) { Ok(vec![path.to_owned()]) } else { Err((format!("the kind of `{pattern}` is unknown"), supported())) };
+    }
+    let matches = glob::glob(pattern).map_err(|e| (format!("`{pattern}` is not a valid pattern: {e}"), "quote special characters".to_owned()))?;
+    let found: Vec<PathBuf> = matches.flatten().filter(|p| p.is_file() && readable(p)).collect();
+    if found.is_empty() {
+        let hint = format!("relative paths start from the working directory; {}", supported());
+        return Err((format!("`{pattern}` names no readable file"), hint));
+    }
+    Ok(found)
+}
+
+fn readable(path: &Path) -> bool {
+    let name = path.file_name().map(|n| n.to_string_lossy().to_lowercase()).unwrap_or_default();
+    EXTENSIONS.iter().any(|e| name.strip_suffix(e).is_some_and(|stem| stem.len() > 1 && stem.ends_with('.')))
+}
+
+/// Readable files below a folder; names that start with `.` or `_` are other tools' bookkeeping and are left out.
+fn walk(folder: &Path, found: &mut Vec<PathBuf>) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(['.', '_'])) {
+            continue;
+        }
+        if path.is_dir() {
+            walk(&path, found)?;
+        } else if readable(&path) {
+            found.push(path);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every mistake in `yaml`, a line each, with the place.
+    fn check(yaml: &str) -> Vec<String> {
+        let document = match Document::parse("p.yaml", yaml, &[]) {
+            Ok(document) => document,
+            Err(error) => return vec![error.to_string()],
+        };
+        let result = validate::read(&document).and_then(|spec: Pipeline| resolve(&document, spec, None));
+        result.err().unwrap_or_default().iter().map(|e| e.to_string().replace("\n\nhint: ", " | ")).collect()
+    }
+
+    const HEAD: &str = "name: a\ncorpus: {paths: [Cargo.toml]}\n";
+
+    #[test]
+    fn unknown_keys_name_the_nearest_known_one() {
+        let found = check(&format!("{HEAD}domains:\n  law: {{train: x, tset: y}}\nresample: {{tokns: 1M}}\n"));
+        assert_eq!(
+            found,
+            [
+                "p.yaml:4:19: unknown key `tset` | did you mean `test`?",
+                "p.yaml:5:1: the key `tokens` is missing in `resample`",
+                "p.yaml:5:12: unknown key `tokns` | did you mean `tokens`?",
+            ]
+        );
+    }
+
+    #[test]
+    fn wrong_kinds_and_contradictions_have_places() {
+        let found = check(&format!("{HEAD}domains: {{law: {{train: x}}}}\nresample: {{tokens: many}}\ncluster: {{k: four}}\n"));
+        assert_eq!(
+            found,
+            [
+                "p.yaml:5:11: `cluster.k` is `four`, but must be a whole number",
+                "p.yaml:4:12: `resample.tokens` is `many`, but must be a whole number such as `250000`, `250k` or `20M`",
+            ]
+        );
+        let found = check(&format!("{HEAD}domains: {{corpus: {{train: src/*.rs}}}}\nresample: {{tokens: 0}}\ncluster: {{k: 4, levels: [2, 2]}}\n"));
+        assert_eq!(found.len(), 5, "{found:#?}");
+        assert!(found[1].starts_with("p.yaml:5:18: `cluster.k` and `cluster.levels` exclude each other"), "{found:#?}");
+    }
+
+    #[test]
+    fn broken_yaml_has_a_place() {
+        assert!(check("name: a\n  b: c\n")[0].starts_with("p.yaml:"), "{:?}", check("name: a\n  b: c\n"));
+    }
+
+    #[test]
+    fn overlays_replace_and_create() {
+        let overlays = ["resample.tokens=5M".to_owned(), "cluster.k=8".to_owned(), "train.methods=[slm]".to_owned()];
+        let document = Document::parse("p.yaml", "resample: {tokens: 1M}", &overlays).unwrap();
+        assert_eq!(document.value["resample"]["tokens"], "5M");
+        assert_eq!(document.value["cluster"]["k"], 8);
+        assert_eq!(document.value["train"]["methods"][0], "slm");
+    }
+}

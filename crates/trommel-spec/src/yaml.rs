@@ -1,0 +1,131 @@
+//! YAML text to a tree of values with positions; `--set` overlays.
+
+use std::collections::HashMap;
+
+use saphyr::{LoadableYamlNode, MarkedYaml, Scalar, YamlData};
+use serde_json::{Map, Number, Value};
+use trommel_core::error::{Error, Result};
+
+/// A YAML document as JSON values, and where each of them stands.
+#[derive(Debug)]
+pub struct Document {
+    /// The file, as errors name it.
+    pub file: String,
+    /// The values.
+    pub value: Value,
+    /// JSON pointer of a value to (line, column) of its key, or of itself within a list; both from 1.
+    positions: HashMap<String, (u64, u64)>,
+}
+
+impl Document {
+    /// Parses the text of `file`, then applies overlays of the form `key.sub=value` in order.
+    pub fn parse(file: &str, text: &str, overlays: &[String]) -> Result<Document> {
+        let parsed = MarkedYaml::load_from_str(text).map_err(|e| {
+            let error = Error::config(format!("not valid YAML: {e}")).file(file);
+            error.hint("indent with spaces, and quote texts that contain `: ` or start with `*`, `&`, `{` or `[`")
+        })?;
+        let mut document = Document { file: file.to_owned(), value: Value::Object(Map::new()), positions: HashMap::new() };
+        match parsed.as_slice() {
+            [] => {}
+            [root] => document.value = document.convert(root, "")?,
+            _ => return Err(Error::config("the file holds more than one YAML document").file(file).hint("remove the `---` lines")),
+        }
+        if document.value.is_null() {
+            document.value = Value::Object(Map::new());
+        }
+        for overlay in overlays {
+            document.overlay(overlay)?;
+        }
+        Ok(document)
+    }
+
+    /// A configuration error at the value that `pointer` names, or at its nearest ancestor with a position.
+    pub fn error(&self, pointer: &str, message: impl Into<String>) -> Error {
+        let error = Error::config(message).file(&self.file);
+        let mut pointer = pointer;
+        loop {
+            if let Some(&(line, column)) = self.positions.get(pointer) {
+                return error.at(line, column);
+            }
+            match pointer.rfind('/') {
+                Some(parent) => pointer = &pointer[..parent],
+                None => return error,
+            }
+        }
+    }
+
+    fn convert(&mut self, node: &MarkedYaml, pointer: &str) -> Result<Value> {
+        let place = |node: &MarkedYaml| (node.span.start.line() as u64, node.span.start.col() as u64 + 1);
+        Ok(match &node.data {
+            YamlData::Mapping(mapping) => {
+                let mut object = Map::new();
+                for (key, value) in mapping {
+                    let name = key_text(key).ok_or_else(|| {
+                        let (line, column) = place(key);
+                        Error::config("a key must be a plain word").file(&self.file).at(line, column)
+                    })?;
+                    let pointer = format!("{pointer}/{}", escape(&name));
+                    self.positions.insert(pointer.clone(), place(key));
+                    object.insert(name, self.convert(value, &pointer)?);
+                }
+                Value::Object(object)
+            }
+            YamlData::Sequence(items) => {
+                let mut list = Vec::new();
+                for (index, item) in items.iter().enumerate() {
+                    let pointer = format!("{pointer}/{index}");
+                    self.positions.insert(pointer.clone(), place(item));
+                    list.push(self.convert(item, &pointer)?);
+                }
+                Value::Array(list)
+            }
+            YamlData::Value(Scalar::Null) => Value::Null,
+            YamlData::Value(Scalar::Boolean(flag)) => Value::Bool(*flag),
+            YamlData::Value(Scalar::Integer(number)) => Value::Number((*number).into()),
+            YamlData::Value(Scalar::FloatingPoint(number)) => {
+                Number::from_f64(number.into_inner()).map_or_else(|| Value::String(number.to_string()), Value::Number)
+            }
+            YamlData::Value(Scalar::String(text)) => Value::String(text.to_string()),
+            YamlData::Tagged(_, inner) => self.convert(inner, pointer)?,
+            _ => {
+                let (line, column) = place(node);
+                return Err(Error::config("this value cannot be read").file(&self.file).at(line, column));
+            }
+        })
+    }
+
+    fn overlay(&mut self, overlay: &str) -> Result<()> {
+        let wrong = |message: String| Error::config(message).hint("write `--set key=value`, such as `--set resample.tokens=5M`");
+        let Some((path, text)) = overlay.split_once('=') else {
+            return Err(wrong(format!("`--set {overlay}` has no `=`")));
+        };
+        let parsed = Document::parse("--set", text, &[]).ok().map(|d| d.value);
+        // Bare scalars parse as a document of one scalar; an empty text means null.
+        let value = if text.trim().is_empty() { Value::Null } else { parsed.unwrap_or_else(|| Value::String(text.to_owned())) };
+        let mut target = &mut self.value;
+        let keys: Vec<&str> = path.split('.').collect();
+        for key in &keys[..keys.len() - 1] {
+            let Value::Object(object) = target else { return Err(wrong(format!("`{path}`: `{key}` is inside a value that is no mapping"))) };
+            target = object.entry(key.to_string()).or_insert_with(|| Value::Object(Map::new()));
+            if target.is_null() {
+                *target = Value::Object(Map::new());
+            }
+        }
+        let Value::Object(object) = target else { return Err(wrong(format!("`{path}` is inside a value that is no mapping"))) };
+        object.insert(keys[keys.len() - 1].to_owned(), value);
+        Ok(())
+    }
+}
+
+fn key_text(key: &MarkedYaml) -> Option<String> {
+    match &key.data {
+        YamlData::Value(Scalar::String(text)) => Some(text.to_string()),
+        YamlData::Value(Scalar::Integer(number)) => Some(number.to_string()),
+        _ => None,
+    }
+}
+
+/// One step of a JSON pointer (RFC 6901).
+pub fn escape(key: &str) -> String {
+    key.replace('~', "~0").replace('/', "~1")
+}

@@ -1,0 +1,78 @@
+//! Training speed on this machine: `cargo run --release -p trommel-trainer --example throughput -- [MODEL [CONTEXT [VOCAB]]]`.
+//!
+//! Prints tokens per second of whole training steps on synthetic tokens, the operations per second that they amount to,
+//! and their share of what the same threads reach on a large product of `f32` matrices.
+
+#![expect(clippy::print_stdout, reason = "an example prints its result")]
+
+use std::time::Instant;
+
+use rayon::prelude::*;
+use trommel_core::error::Result;
+use trommel_kernels::matmul::{Matrix, MatrixMut, Target, multiply};
+use trommel_trainer::batch::Batch;
+use trommel_trainer::engine::Engine;
+use trommel_trainer::model::preset;
+use trommel_trainer::parameters::Layout;
+use trommel_trainer::recipe::Recipe;
+
+fn main() -> Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    let name = arguments.next().unwrap_or_else(|| "slm-3m".to_owned());
+    let context: usize = arguments.next().and_then(|text| text.parse().ok()).unwrap_or(256);
+    let vocab: usize = arguments.next().and_then(|text| text.parse().ok()).unwrap_or(4096);
+    let config = preset(&name, vocab)?;
+    let recipe = Recipe::pretraining(&config, 1_500_000);
+    let sequences = recipe.sequences(context);
+    let mut engine = Engine::new(&config, Layout::new(&config).initial(1), &candle_core::Device::Cpu)?;
+
+    let mut batch = Batch::new(context);
+    for sequence in 0..sequences {
+        // Documents of about 300 tokens, as windows of 1-4 KB are.
+        let token =
+            |i: usize| if (sequence * context + i).is_multiple_of(300) { 0 } else { (i * 7919 + sequence * 104_729) % vocab };
+        batch.push(0, &(1..=context).map(|i| token(i) as u32).collect::<Vec<_>>(), 0);
+    }
+    let tokens = batch.tokens.len();
+    let mut steps = Vec::new();
+    for step in 0..12 {
+        let start = Instant::now();
+        engine.accumulate(&batch, 1.0 / tokens as f32)?;
+        let norm = engine.gradient_norm()?;
+        engine.step(&recipe, step, 1e-4, norm)?;
+        steps.push(start.elapsed().as_secs_f64());
+    }
+    // The first two steps fault in their memory.
+    let mut steps = steps.split_off(2);
+    steps.sort_by(f64::total_cmp);
+    let (median, best) = (steps[steps.len() / 2], steps[0]);
+    let flops = config.training_flops_per_token(context);
+    let peak = sgemm();
+    println!(
+        "{name}: {} parameters, {sequences} sequences of {context} tokens, {} threads",
+        config.parameters(),
+        rayon::current_num_threads()
+    );
+    for (label, seconds) in [("median", median), ("best", best)] {
+        let rate = tokens as f64 / seconds;
+        let share = 100.0 * rate * flops / peak;
+        println!("{label:6} {rate:8.0} tokens/s {:7.1} GFLOP/s {share:5.1}% of SGEMM at {:.1}", rate * flops / 1e9, peak / 1e9);
+    }
+    Ok(())
+}
+
+/// Operations per second of products of matrices with 1,024 rows and columns, one on each thread; the best of some rounds.
+fn sgemm() -> f64 {
+    const N: usize = 1024;
+    let threads = rayon::current_num_threads();
+    let (a, b) = (vec![0.5f32; N * N], vec![0.25f32; N * N]);
+    let mut outs = vec![vec![0f32; N * N]; threads];
+    let round = |outs: &mut Vec<Vec<f32>>| {
+        let start = Instant::now();
+        outs.par_iter_mut().for_each(|out| {
+            multiply(MatrixMut::new(out, N, N), Target::Overwrite, 1.0, Matrix::new(&a, N, N), Matrix::new(&b, N, N));
+        });
+        (threads * 2 * N * N * N) as f64 / start.elapsed().as_secs_f64()
+    };
+    (0..12).map(|_| round(&mut outs)).fold(0.0, f64::max)
+}

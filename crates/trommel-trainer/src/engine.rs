@@ -1,0 +1,194 @@
+//! A model that can be trained: the same few verbs on every device.
+
+use candle_core::Device;
+use trommel_core::error::{Error, Result};
+use trommel_kernels::adamw::{self, Factors};
+
+use crate::batch::Batch;
+use crate::model::Config;
+use crate::native::Native;
+use crate::parameters::Layout;
+use crate::recipe::Recipe;
+use crate::tape::Tape;
+
+/// Activations that one micro-batch may hold, in bytes.
+const ACTIVATION_BYTES: usize = 512 << 20;
+
+/// A model with its gradient and the moments of `AdamW`.
+#[derive(Debug)]
+pub struct Engine {
+    config: Config,
+    layout: Layout,
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    Host(Box<Host>),
+    Device(Box<Tape>),
+}
+
+#[derive(Debug)]
+struct Host {
+    native: Native,
+    parameters: Vec<f32>,
+    // The following are as long as `parameters`, or empty until they are needed.
+    gradient: Vec<f32>,
+    first_moment: Vec<f32>,
+    second_moment: Vec<f32>,
+}
+
+fn internal(error: candle_core::Error) -> Error {
+    Error::internal("a tensor operation failed").source(error)
+}
+
+impl Engine {
+    /// A model of shape `config` with the flat `parameters`, on `device`.
+    pub fn new(config: &Config, parameters: Vec<f32>, device: &Device) -> Result<Engine> {
+        config.check()?;
+        let layout = Layout::new(config);
+        assert_eq!(parameters.len(), layout.len(), "parameters of another shape");
+        let place = if device.is_cpu() {
+            let empty = Vec::new;
+            let native = Native::new(config);
+            let host = Host { native, parameters, gradient: empty(), first_moment: empty(), second_moment: empty() };
+            Place::Host(Box::new(host))
+        } else {
+            Place::Device(Box::new(Tape::new(config, &parameters, device).map_err(internal)?))
+        };
+        Ok(Engine { config: config.clone(), layout, place })
+    }
+
+    /// The shape of the model.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The tensors of the model.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Sequences of `time` tokens that are computed at once: as many as fit into 512 MB of activations. A function of the
+    /// model only, so that the order of sums is the same on every machine.
+    pub fn micro_batch(&self, time: usize) -> usize {
+        let config = &self.config;
+        let packed = config.activation.packed() * config.mlp;
+        let numbers = config.layers * (6 * config.width + packed) + 10 * config.width + 2 * packed;
+        (ACTIVATION_BYTES / (numbers * time * size_of::<f32>())).max(1)
+    }
+
+    /// The negative log-likelihood in nats of each target of `batch`, (sequences, time); zero where there is none.
+    pub fn losses(&mut self, batch: &Batch) -> Result<Vec<f32>> {
+        match &mut self.place {
+            Place::Host(host) => Ok(host.native.losses(&host.parameters, batch).to_vec()),
+            Place::Device(tape) => tape.losses(batch).and_then(|losses| losses.to_vec1()).map_err(internal),
+        }
+    }
+
+    /// The logits after the last position of each sequence, (sequences, vocab).
+    pub fn logits(&mut self, batch: &Batch) -> Result<Vec<f32>> {
+        match &mut self.place {
+            Place::Host(host) => Ok(host.native.logits(&host.parameters, batch)),
+            Place::Device(tape) => tape.logits(batch).map_err(internal),
+        }
+    }
+
+    /// Adds the gradient of `scale * sum of losses` over a micro-batch, and returns the sum of its losses.
+    pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64> {
+        match &mut self.place {
+            Place::Host(host) => {
+                host.gradient.resize(host.parameters.len(), 0.0);
+                let losses = host.native.losses_and_gradient(&host.parameters, batch, scale, &mut host.gradient);
+                Ok(losses.iter().map(|loss| f64::from(*loss)).sum())
+            }
+            Place::Device(tape) => {
+                let losses = tape.losses_and_gradient(batch, scale).map_err(internal)?;
+                losses.sum_all().and_then(|sum| sum.to_scalar::<f32>()).map(f64::from).map_err(internal)
+            }
+        }
+    }
+
+    /// The Euclidean norm of the gradient that was accumulated.
+    pub fn gradient_norm(&self) -> Result<f64> {
+        match &self.place {
+            Place::Host(host) => Ok(adamw::norm(&host.gradient)),
+            Place::Device(tape) => tape.gradient_norm().map_err(internal),
+        }
+    }
+
+    /// The flat gradient that was accumulated.
+    pub fn gradient(&self) -> Result<Vec<f32>> {
+        match &self.place {
+            Place::Host(host) => Ok(host.gradient.clone()),
+            Place::Device(tape) => tape.gradient().map_err(internal),
+        }
+    }
+
+    /// Step `step`, from 0, of `AdamW` at `rate`, with a gradient of norm `norm` cut to the recipe's; then forgets the
+    /// gradient. Gains do not decay.
+    pub fn step(&mut self, recipe: &Recipe, step: u64, rate: f64, norm: f64) -> Result<()> {
+        let power = i32::try_from(step + 1).unwrap_or(i32::MAX);
+        let factors = Factors {
+            learning_rate: rate as f32,
+            decay: recipe.decay as f32,
+            beta1: recipe.beta1 as f32,
+            beta2: recipe.beta2 as f32,
+            epsilon: recipe.epsilon as f32,
+            correction1: (1.0 - recipe.beta1.powi(power)) as f32,
+            correction2: (1.0 - recipe.beta2.powi(power)) as f32,
+            gradient_scale: if norm > recipe.clip { (recipe.clip / norm) as f32 } else { 1.0 },
+        };
+        match &mut self.place {
+            Place::Host(host) => {
+                let len = host.parameters.len();
+                host.first_moment.resize(len, 0.0);
+                host.second_moment.resize(len, 0.0);
+                for slot in self.layout.slots() {
+                    let at = slot.range.clone();
+                    let decay = if slot.decays() { factors.decay } else { 0.0 };
+                    let (m, v) = (&mut host.first_moment[at.clone()], &mut host.second_moment[at.clone()]);
+                    adamw::step(&mut host.parameters[at.clone()], &host.gradient[at], m, v, Factors { decay, ..factors });
+                }
+                host.gradient.fill(0.0);
+            }
+            Place::Device(tape) => {
+                tape.step(factors).map_err(internal)?;
+                tape.clear_gradient();
+            }
+        }
+        Ok(())
+    }
+
+    /// The flat parameters.
+    pub fn parameters(&self) -> Result<Vec<f32>> {
+        match &self.place {
+            Place::Host(host) => Ok(host.parameters.clone()),
+            Place::Device(tape) => tape.parameters().map_err(internal),
+        }
+    }
+
+    /// The flat moments of `AdamW`, zeros before the first step.
+    pub fn moments(&self) -> Result<[Vec<f32>; 2]> {
+        match &self.place {
+            Place::Host(host) => Ok([&host.first_moment, &host.second_moment].map(|moment| {
+                let mut moment = moment.clone();
+                moment.resize(self.layout.len(), 0.0);
+                moment
+            })),
+            Place::Device(tape) => tape.moments().map_err(internal),
+        }
+    }
+
+    /// Replaces the moments of `AdamW`.
+    pub fn set_moments(&mut self, [m, v]: [Vec<f32>; 2]) -> Result<()> {
+        assert!(m.len() == self.layout.len() && v.len() == self.layout.len(), "moments of another shape");
+        match &mut self.place {
+            Place::Host(host) => {
+                (host.first_moment, host.second_moment) = (m, v);
+                Ok(())
+            }
+            Place::Device(tape) => tape.set_moments([&m, &v]).map_err(internal),
+        }
+    }
+}

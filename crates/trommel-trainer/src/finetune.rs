@@ -1,0 +1,304 @@
+//! Fine-tuning on the documents of a domain, stopped early by held-out loss; and training on them from scratch.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+use trommel_core::error::{Error, Result};
+use trommel_core::key::Key;
+use trommel_core::progress::{Interrupt, Progress, Silent};
+
+use crate::batch::{Dealer, Dealt};
+use crate::checkpoint::{self, Model, Unfinished};
+use crate::documents::{Documents, Position, read_tokenizer, tokenize};
+use crate::engine::Engine;
+use crate::evaluate::{mean_nll, scores};
+use crate::log::{Entry, Log};
+use crate::model::Config;
+use crate::parameters::Layout;
+use crate::recipe::Recipe;
+
+/// Raised when the same plan would train to other weights, so that old checkpoints are not continued.
+const VERSION: u32 = 1;
+/// Evaluations over the whole budget.
+const EVALUATIONS: u64 = 20;
+
+/// Where fine-tuning begins.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Start {
+    /// A pretrained model.
+    Checkpoint(PathBuf),
+    /// Fresh weights: the baseline `slm-nopt`, which sees the domain only.
+    Scratch {
+        /// Shape of the model.
+        model: Config,
+        /// The id of the token that begins and ends a document.
+        end_of_text: u32,
+    },
+}
+
+/// What to fine-tune, on what, and where to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FinetunePlan {
+    /// Where to begin.
+    pub start: Start,
+    /// Documents to train on.
+    pub train: Vec<String>,
+    /// Documents to choose the best weights by; disjoint from `train` and from any test set.
+    pub validation: Vec<String>,
+    /// The `tokenizer.json` of the model.
+    pub tokenizer: PathBuf,
+    /// Tokens per sequence, at most the model's context.
+    pub context: usize,
+    /// Tokens to train on at most; documents that hold fewer are read again.
+    pub tokens: u64,
+    /// Optimizer, schedule and batch.
+    pub recipe: Recipe,
+    /// Seed of the order of documents, and of the weights if they are fresh.
+    pub seed: u64,
+    /// Evaluations without a better one after which training stops; 4 by default.
+    pub patience: u64,
+    /// Folder that gets `checkpoint/`, with the best weights, and `log.jsonl`.
+    pub out: PathBuf,
+}
+
+/// What a fine-tuning run did.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FinetuneReport {
+    /// The model with the best weights.
+    pub checkpoint: PathBuf,
+    /// The step of the best weights; 0 if training did not improve on the start.
+    pub best_step: u64,
+    /// Held-out loss at the start, in nats per token.
+    pub loss_before: f64,
+    /// Held-out loss of the best weights.
+    pub loss_after: f64,
+    /// Steps of the optimizer until it stopped.
+    pub steps: u64,
+    /// Tokens trained on, repeats included.
+    pub tokens: u64,
+    /// Whole passes over the documents.
+    pub epochs: u64,
+    /// Time over all sittings, in seconds.
+    pub seconds: f64,
+    /// Floating-point operations of all steps; see [`Config::training_flops_per_token`].
+    pub flops: f64,
+    /// Whether the run was found finished, and nothing was done.
+    pub cached: bool,
+}
+
+/// Where a run stands.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct State {
+    fingerprint: String,
+    step: u64,
+    position: Dealt<Position>,
+    #[serde(with = "checkpoint::exact")]
+    seconds: f64,
+    #[serde(with = "checkpoint::exact")]
+    first_loss: f64,
+    #[serde(with = "checkpoint::exact")]
+    best_loss: f64,
+    best_step: u64,
+    /// Evaluations since the best one.
+    since_best: u64,
+    finished: bool,
+}
+
+/// Fine-tunes as `plan` says, or continues where an earlier call stopped, and leaves the weights of the best evaluation.
+/// The start counts as an evaluation: a model that was pretrained on well-chosen text can lose by tuning.
+pub fn finetune(
+    plan: &FinetunePlan,
+    device: &Device,
+    progress: &dyn Progress,
+    interrupt: &Interrupt,
+) -> Result<FinetuneReport> {
+    let start = plan.read_start()?;
+    let config = start.config.clone();
+    let fingerprint = plan.fingerprint(&start)?;
+    let folder = plan.out.join(checkpoint::FOLDER);
+    let tokenizer = read_tokenizer(&plan.tokenizer)?;
+    let (train, validation) = (tokenize(&tokenizer, &plan.train)?, tokenize(&tokenizer, &plan.validation)?);
+    plan.check(&config, &train, &validation)?;
+    let mut source = Dealer::new(Documents::new(train, start.end_of_text, plan.seed)?, plan.context);
+
+    let steps = plan.recipe.steps(plan.tokens, plan.context);
+    let sequences = plan.recipe.sequences(plan.context);
+    let tokens_per_step = (sequences * plan.context) as u64;
+    let evaluate_every = steps.div_ceil(EVALUATIONS);
+    let evaluate = |engine: &mut Engine| {
+        scores(engine, &validation, start.end_of_text, plan.context, &Silent, interrupt).map(|scores| mean_nll(&scores))
+    };
+
+    // Start, or continue.
+    let (mut state, mut engine, mut best) = match checkpoint::read_state::<State>(&folder)? {
+        Some(state) if state.fingerprint != fingerprint => return Err(checkpoint::of_another_plan(&folder)),
+        Some(state) if state.finished => return Ok(plan.report(&config, &state, true)),
+        Some(state) => {
+            let mut engine = Engine::new(&config, checkpoint::read_model(&folder)?.parameters, device)?;
+            let unfinished = checkpoint::read_unfinished(&folder, &config)?;
+            engine.set_moments(unfinished.moments)?;
+            source.seek(state.position)?;
+            progress.line(&format!("continuing at step {} of {steps}", state.step));
+            (state, engine, unfinished.best.unwrap_or_default())
+        }
+        None => {
+            let mut engine = Engine::new(&config, start.parameters.clone(), device)?;
+            let loss = evaluate(&mut engine)?;
+            let state = State {
+                fingerprint,
+                step: 0,
+                position: source.position(),
+                seconds: 0.0,
+                first_loss: loss,
+                best_loss: loss,
+                best_step: 0,
+                since_best: 0,
+                finished: false,
+            };
+            (state, engine, start.parameters.clone())
+        }
+    };
+    let save = |engine: &Engine, best: &[f32], state: &State| {
+        let parameters = if state.finished { best.to_vec() } else { engine.parameters()? };
+        let model = Model { config: config.clone(), end_of_text: start.end_of_text, parameters };
+        let unfinished = |moments| Unfinished { moments, best: Some(best.to_vec()) };
+        let unfinished = (!state.finished).then(|| engine.moments().map(unfinished)).transpose()?;
+        checkpoint::save(&folder, &model, &plan.tokenizer, unfinished.as_ref(), state)
+    };
+    let mut log = Log::open(&plan.out, state.step)?;
+    let micro_batch = engine.micro_batch(plan.context);
+    progress.begin("finetune", Some(steps * tokens_per_step), "tokens");
+    progress.advance(state.step * tokens_per_step);
+
+    while !state.finished {
+        if let Err(stopped) = interrupt.check() {
+            save(&engine, &best, &state)?;
+            return Err(stopped);
+        }
+        let started = Instant::now();
+
+        // Add up the gradient of the step's mean loss, some sequences at a time.
+        let mut loss = 0.0;
+        for first in (0..sequences).step_by(micro_batch) {
+            let batch = source.deal(micro_batch.min(sequences - first))?;
+            loss += engine.accumulate(&batch, 1.0 / tokens_per_step as f32)? / tokens_per_step as f64;
+        }
+        let norm = engine.gradient_norm()?;
+        if !loss.is_finite() || !norm.is_finite() {
+            let message = format!("the loss of step {} is {loss}, and the gradient's norm {norm}", state.step + 1);
+            let hint = "lower the learning rate, or look at the domain's documents; the last checkpoint is kept";
+            return Err(Error::data(message).stage("finetune").hint(hint));
+        }
+
+        // Step.
+        let rate = plan.recipe.rate(state.step, steps);
+        engine.step(&plan.recipe, state.step, rate, norm)?;
+        state.step += 1;
+        state.position = source.position();
+        let tokens_per_second = tokens_per_step as f64 / started.elapsed().as_secs_f64();
+
+        // Evaluate, and keep what is best.
+        let mut validation_loss = None;
+        if state.step.is_multiple_of(evaluate_every) || state.step == steps {
+            let loss = evaluate(&mut engine)?;
+            validation_loss = Some(loss);
+            state.since_best += 1;
+            if loss < state.best_loss {
+                state = State { best_loss: loss, best_step: state.step, since_best: 0, ..state };
+                best = engine.parameters()?;
+            }
+        }
+        state.finished = state.step == steps || state.since_best >= plan.patience;
+        state.seconds += started.elapsed().as_secs_f64();
+
+        // Log.
+        log.write(&Entry {
+            step: state.step,
+            tokens: state.step * tokens_per_step,
+            loss,
+            learning_rate: rate,
+            gradient_norm: norm,
+            tokens_per_second,
+            validation_loss,
+        })?;
+        progress.advance(tokens_per_step);
+        progress.note(&format!("loss {loss:.3}, held out {:.3}, {tokens_per_second:.0} tokens/s", state.best_loss));
+
+        // Save: at the end, and where an evaluation has just paid for a look at all weights anyway.
+        if state.finished || validation_loss.is_some() {
+            save(&engine, &best, &state)?;
+        }
+    }
+    progress.end();
+    Ok(plan.report(&config, &state, false))
+}
+
+impl FinetunePlan {
+    /// The shape of the model that `start` names.
+    pub fn model(start: &Start) -> Result<Config> {
+        match start {
+            Start::Checkpoint(folder) => checkpoint::read_model(folder).map(|model| model.config),
+            Start::Scratch { model, .. } => Ok(model.clone()),
+        }
+    }
+
+    fn read_start(&self) -> Result<Model> {
+        match &self.start {
+            Start::Checkpoint(folder) => checkpoint::read_model(folder),
+            Start::Scratch { model, end_of_text } => {
+                model.check()?;
+                let parameters = Layout::new(model).initial(self.seed);
+                Ok(Model { config: model.clone(), end_of_text: *end_of_text, parameters })
+            }
+        }
+    }
+
+    fn check(&self, config: &Config, train: &[Vec<u32>], validation: &[Vec<u32>]) -> Result<()> {
+        if self.context == 0 || self.context > config.context {
+            let (context, most) = (self.context, config.context);
+            return Err(Error::config(format!("a context of {context} tokens is outside the model's 1 to {most}")));
+        }
+        if self.tokens == 0 {
+            return Err(Error::config("the token budget is zero"));
+        }
+        if validation.iter().all(Vec::is_empty) {
+            let hint = "give the domain more `train` documents; a part of them is held out";
+            return Err(Error::data("there are no held-out documents to choose the best weights by").hint(hint));
+        }
+        if let Some(token) = train.iter().chain(validation).flatten().find(|token| **token as usize >= config.vocab) {
+            let message = format!("the tokenizer makes token {token}, and the model has only {}", config.vocab);
+            return Err(Error::config(message).file(self.tokenizer.display()).hint("use the tokenizer of the model's shards"));
+        }
+        Ok(())
+    }
+
+    /// A name of everything that the trained weights depend on.
+    fn fingerprint(&self, start: &Model) -> Result<String> {
+        let bytes: Vec<u8> = start.parameters.iter().flat_map(|p| p.to_le_bytes()).collect();
+        let weights = Key::of_bytes(&bytes).to_string();
+        let documents = Key::of(self.train.iter().chain([&String::new()]).chain(&self.validation)).to_string();
+        let tokenizer = trommel_core::key::checksum_file(&self.tokenizer)?;
+        let settings = (self.context, self.tokens, &self.recipe, self.seed, self.patience);
+        let parts = (VERSION, &start.config, start.end_of_text, weights, documents, tokenizer, settings);
+        let text = serde_json::to_string(&parts).map_err(|e| Error::internal("a plan cannot be written as JSON").source(e))?;
+        Ok(Key::of([text]).to_string())
+    }
+
+    fn report(&self, config: &Config, state: &State, cached: bool) -> FinetuneReport {
+        let tokens = state.step * (self.recipe.sequences(self.context) * self.context) as u64;
+        FinetuneReport {
+            checkpoint: self.out.join(checkpoint::FOLDER),
+            best_step: state.best_step,
+            loss_before: state.first_loss,
+            loss_after: state.best_loss,
+            steps: state.step,
+            tokens,
+            epochs: state.position.start.epoch,
+            seconds: state.seconds,
+            flops: config.training_flops_per_token(self.context) * tokens as f64,
+            cached,
+        }
+    }
+}

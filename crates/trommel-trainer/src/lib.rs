@@ -1,0 +1,36 @@
+//! The trainer: a Llama-shaped decoder, its operations, its loop, its evaluation.
+
+/// Sequences of tokens, packed without padding.
+pub mod batch;
+/// A model on disk, and the state of an unfinished run.
+pub mod checkpoint;
+/// Operations composed of candle's differentiable ones.
+mod composed;
+/// Where the trainer computes.
+pub mod device;
+/// Documents of a domain, tokenized in memory.
+pub mod documents;
+/// A model that can be trained: the same few verbs on every device.
+pub mod engine;
+/// How well a model predicts held-out documents.
+pub mod evaluate;
+/// Fine-tuning with early stop.
+pub mod finetune;
+/// Text from a model.
+pub mod generate;
+/// The stream of training tokens of a folder of shards.
+pub mod loader;
+/// One line per training step.
+pub mod log;
+/// The shape of the model, its presets, and what it costs.
+pub mod model;
+/// The model on the CPU, by hand.
+mod native;
+/// The parameters as one flat buffer.
+pub mod parameters;
+/// Pretraining on shards.
+pub mod pretrain;
+/// How a model is trained, as functions of model size and token budget.
+pub mod recipe;
+/// The model on candle's tape.
+pub mod tape;

@@ -1,0 +1,182 @@
+//! The shape of the model: a Llama-like decoder, its presets, and what it costs.
+//!
+//! RMSNorm before each block, rotary positions, causal attention, an MLP with `SwiGLU` or `GELU`, no biases, and one
+//! matrix that is both embedding and output layer. With `SwiGLU` this is `LlamaForCausalLM` of `transformers`; with `GELU`,
+//! whose MLP has two matrices, it is `ArceeForCausalLM`. Both open an exported checkpoint without custom code.
+
+use serde::{Deserialize, Serialize};
+use trommel_core::error::{Error, Result};
+
+/// The nonlinearity of the MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `silu(x G) * (x U)`, then `D`: three matrices. [Shazeer, arXiv 2002.05202]
+    SwiGlu,
+    /// `gelu(x U)`, then `D`: two matrices, in the tanh form.
+    Gelu,
+}
+
+impl Activation {
+    /// Rows of the packed input matrix per unit of the MLP: gate and up, or up alone.
+    pub fn packed(self) -> usize {
+        match self {
+            Activation::SwiGlu => 2,
+            Activation::Gelu => 1,
+        }
+    }
+}
+
+/// The shape of a model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Tokens of the vocabulary.
+    pub vocab: usize,
+    /// Numbers per position.
+    pub width: usize,
+    /// Blocks of attention and MLP.
+    pub layers: usize,
+    /// Attention heads; they divide `width`, and `width / heads` is even.
+    pub heads: usize,
+    /// Units of the MLP.
+    pub mlp: usize,
+    /// Nonlinearity of the MLP.
+    pub activation: Activation,
+    /// The longest sequence, in tokens, that the model is meant for.
+    pub context: usize,
+    /// Base of the rotary angles; 10,000 in every preset. [Su et al., arXiv 2104.09864]
+    pub rope_theta: f64,
+    /// Added to the mean square before its root is taken; 1e-5 in every preset.
+    pub norm_eps: f64,
+}
+
+/// The presets: name, width, layers, heads, mlp, activation, context.
+///
+/// At a vocabulary of 4,096 they have 1.1, 2.6, 4.3, 7.6, 27.8 and 92.3 million parameters; `slm-9m` has 8.7 million at a
+/// vocabulary of 8,192. `slm-126m` is the paper's small model, with its vocabulary of 32,000. [PE 3]
+const PRESETS: [(&str, usize, usize, usize, usize, Activation, usize); 6] = [
+    ("slm-1m", 128, 3, 4, 352, Activation::SwiGlu, 1024),
+    ("slm-3m", 192, 4, 6, 512, Activation::SwiGlu, 1024),
+    ("slm-5m", 256, 4, 8, 704, Activation::SwiGlu, 1024),
+    ("slm-9m", 256, 6, 8, 1088, Activation::SwiGlu, 1024),
+    ("slm-30m", 512, 8, 8, 1408, Activation::SwiGlu, 1024),
+    ("slm-126m", 1024, 7, 8, 4096, Activation::Gelu, 1024),
+];
+
+/// The names that [`preset`] knows, smallest model first.
+pub fn preset_names() -> impl Iterator<Item = &'static str> {
+    PRESETS.iter().map(|preset| preset.0)
+}
+
+/// The preset `name` with a vocabulary of `vocab` tokens.
+pub fn preset(name: &str, vocab: usize) -> Result<Config> {
+    let Some(&(_, width, layers, heads, mlp, activation, context)) = PRESETS.iter().find(|preset| preset.0 == name) else {
+        let nearest = preset_names().min_by_key(|known| distance(known, name)).unwrap_or("slm-3m");
+        let known = preset_names().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        return Err(
+            Error::config(format!("unknown model `{name}`; did you mean `{nearest}`?")).hint(format!("known models: {known}"))
+        );
+    };
+    Ok(Config { vocab, width, layers, heads, mlp, activation, context, rope_theta: 10_000.0, norm_eps: 1e-5 })
+}
+
+/// Characters to insert, delete or replace until two names are equal. [Levenshtein 1966]
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, a) in a.bytes().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, b) in b.bytes().enumerate() {
+            let replaced = diagonal + usize::from(a != b);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+impl Config {
+    /// Numbers per attention head.
+    pub fn head(&self) -> usize {
+        self.width / self.heads
+    }
+
+    /// A [`Error::config`] unless the sizes fit together.
+    pub fn check(&self) -> Result<()> {
+        let sizes = [self.vocab, self.width, self.layers, self.heads, self.mlp, self.context];
+        if sizes.contains(&0) {
+            return Err(Error::config("a size of the model is zero"));
+        }
+        if !self.width.is_multiple_of(2 * self.heads) {
+            let (width, heads) = (self.width, self.heads);
+            return Err(Error::config(format!("a width of {width} does not split into {heads} heads of even size")));
+        }
+        if u32::try_from(self.vocab).is_err() {
+            return Err(Error::config(format!("a vocabulary of {} tokens exceeds 32 bits", self.vocab)));
+        }
+        Ok(())
+    }
+
+    /// Numbers in the weight matrices of one block.
+    fn block_weights(&self) -> usize {
+        4 * self.width * self.width + (self.activation.packed() + 1) * self.width * self.mlp
+    }
+
+    /// All parameters; the embedding, which is also the output layer, counts once.
+    pub fn parameters(&self) -> usize {
+        self.vocab * self.width + self.layers * (self.block_weights() + 2 * self.width) + self.width
+    }
+
+    /// Floating-point operations of the forward pass per token, at sequences of `context` tokens:
+    /// `2 (block weights * layers + vocab * width) + 2 layers * width * (context + 1)`.
+    ///
+    /// A product of a row and a matrix costs two operations per number of the matrix. The last term is attention: a token
+    /// meets `(context + 1) / 2` keys on average, with two operations for the score and two for the value, per number of
+    /// width. Norms, activations and the embedding look-up are left out, as is usual, and so is what document borders save.
+    pub fn forward_flops_per_token(&self, context: usize) -> f64 {
+        let weights = self.block_weights() * self.layers + self.vocab * self.width;
+        2.0 * weights as f64 + 2.0 * (self.layers * self.width) as f64 * (context as f64 + 1.0)
+    }
+
+    /// Operations of forward and backward pass per token: three times the forward pass, because each product has two
+    /// gradients of its own size. [Kaplan et al., arXiv 2001.08361]
+    pub fn training_flops_per_token(&self, context: usize) -> f64 {
+        3.0 * self.forward_flops_per_token(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn presets_have_the_sizes_that_their_names_say() {
+        let sizes = [("slm-1m", 4096, 1.1), ("slm-3m", 4096, 2.6), ("slm-5m", 8192, 5.3), ("slm-9m", 8192, 8.7)];
+        for (name, vocab, millions) in sizes.into_iter().chain([("slm-30m", 8192, 29.9), ("slm-126m", 32_000, 120.9)]) {
+            let config = preset(name, vocab).unwrap();
+            config.check().unwrap();
+            let rounded = (config.parameters() as f64 / 1e5).round() / 10.0;
+            assert_eq!(rounded, millions, "{name}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_preset_names_the_nearest() {
+        let error = preset("slm-3", 4096).unwrap_err();
+        assert!(error.message().contains("`slm-3m`"), "{error}");
+        assert_eq!(error.exit_code(), 2);
+    }
+
+    #[test]
+    fn flops_are_six_per_weight_and_token_plus_attention() {
+        let config = preset("slm-3m", 4096).unwrap();
+        let weights = (config.parameters() - 192 * 9) as f64;
+        assert_eq!(config.training_flops_per_token(255), 6.0 * weights + 6.0 * (4 * 192) as f64 * 256.0);
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_refused() {
+        let config = Config { heads: 5, ..preset("slm-1m", 100).unwrap() };
+        assert!(config.check().is_err());
+    }
+}

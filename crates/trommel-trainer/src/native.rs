@@ -1,0 +1,419 @@
+//! The model on the CPU: forward and backward pass by hand, over the kernels of `trommel-kernels`.
+//!
+//! candle's tape allocates every intermediate tensor and adds up gradients in fresh ones, which costs more than the
+//! products themselves at this size. Here one task takes a whole sequence through all layers, so its rows stay in the
+//! cache of one core; only the gradients of weights, which sum over sequences, need the tasks to meet, once per layer.
+//!
+//! ```text
+//!   forward    per sequence: embedding, layers, norm            | meet |  logits and loss, by chunks of rows
+//!   backward   per layer:    per sequence: gradients of rows    | meet |  per block of weight rows: sum over sequences
+//! ```
+//!
+//! Tasks are cut by the problem (a sequence, a block of rows) and sums run in the order of sequences, so results have the
+//! same bits at any thread count. The tape of [`crate::tape`] is the oracle in the tests.
+
+use std::cell::RefCell;
+
+use rayon::prelude::*;
+use trommel_kernels::attention::{self, Shape};
+use trommel_kernels::cross_entropy::{self, Output};
+use trommel_kernels::matmul::{Matrix, MatrixMut, Target, multiply};
+use trommel_kernels::panels::Panels;
+use trommel_kernels::rotary::{Table, Turn};
+use trommel_kernels::{activation, embedding, norm};
+
+use crate::batch::Batch;
+use crate::model::{Activation, Config};
+use crate::parameters::{layer_ranges, layer_sizes};
+
+/// Rows of a weight whose gradient one task sums.
+const WEIGHT_ROWS: usize = 96;
+
+/// The memory of one model's passes, kept from batch to batch.
+#[derive(Debug)]
+pub(crate) struct Native {
+    config: Config,
+    rotary: Table,
+    panels: Vec<LayerPanels>,
+    backward_panels: LayerPanels,
+    sequences: Vec<Sequence>,
+    hidden: Vec<f32>,          // (sequences, time, width)
+    hidden_gradient: Vec<f32>, // (sequences, time, width)
+    losses: Vec<f32>,          // (sequences, time)
+    scratch: cross_entropy::Scratch,
+}
+
+/// What the forward pass of one sequence keeps for the backward pass, and what one layer's backward pass leaves for the
+/// gradients of its weights.
+#[derive(Debug, Default)]
+struct Sequence {
+    inputs: Vec<Vec<f32>>, // layers + 1 times (time, width): the residual stream before each layer and after the last
+    layers: Vec<LayerRows>,
+    out_gradient: Vec<f32>,    // (time, width), of the residual stream after the layer at hand
+    middle_gradient: Vec<f32>, // (time, width), of the residual stream between attention and MLP
+    in_gradient: Vec<f32>,     // (time, width), of the residual stream before the layer
+    packed_gradient: Vec<f32>, // (time, packed * mlp)
+    qkv_gradient: Vec<f32>,    // (time, 3 * width)
+    mlp_rows: Vec<f32>,        // (time, mlp), the activation
+    mlp_inputs: Panels,        // (time, mlp), what went into the layer's weights; see `weight_gradients`
+    up_inputs: Panels,         // (time, width)
+    output_inputs: Panels,     // (time, width)
+    qkv_inputs: Panels,        // (time, width)
+    normed: Vec<f32>,          // (time, width)
+    gains: [Vec<f32>; 2],      // (width) each: gradients of the two norms' gains
+}
+
+#[derive(Debug, Default)]
+struct LayerRows {
+    qkv: Vec<f32>,      // (time, 3 * width), queries and keys turned
+    attended: Vec<f32>, // (time, width)
+    log_sums: Vec<f32>, // (heads, time)
+    middle: Vec<f32>,   // (time, width), residual stream
+    packed: Vec<f32>,   // (time, packed * mlp), before the activation
+}
+
+/// The weights of one layer, packed once per batch: transposed for the forward pass, as they are for the backward pass.
+#[derive(Debug, Default)]
+struct LayerPanels {
+    qkv: Panels,
+    output: Panels,
+    up: Panels,
+    down: Panels,
+}
+
+impl LayerPanels {
+    fn pack<'a>(&mut self, weights: Weights<'a>, config: &Config, turn: impl Fn(Matrix<'a>) -> Matrix<'a>) {
+        let (width, mlp) = (config.width, config.mlp);
+        self.qkv.pack(turn(Matrix::new(weights.qkv, 3 * width, width)));
+        self.output.pack(turn(Matrix::new(weights.output, width, width)));
+        self.up.pack(turn(Matrix::new(weights.up, config.activation.packed() * mlp, width)));
+        self.down.pack(turn(Matrix::new(weights.down, width, mlp)));
+    }
+}
+
+#[derive(Default)]
+struct Scratch {
+    attention: attention::Scratch,
+    rows: Vec<f32>,     // (time, width)
+    mlp_rows: Vec<f32>, // (time, mlp)
+}
+
+thread_local! {
+    /// Rows that live within one task; one set per thread stays in its cache.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// The weights of one layer, as slices of the flat buffer; see [`layer_sizes`].
+#[derive(Clone, Copy)]
+struct Weights<'a> {
+    attention_gain: &'a [f32], // (width)
+    qkv: &'a [f32],            // (3 * width, width)
+    output: &'a [f32],         // (width, width)
+    mlp_gain: &'a [f32],       // (width)
+    up: &'a [f32],             // (packed * mlp, width)
+    down: &'a [f32],           // (width, mlp)
+}
+
+impl<'a> Weights<'a> {
+    fn of(config: &Config, parameters: &'a [f32], layer: usize) -> Self {
+        let [attention_gain, qkv, output, mlp_gain, up, down] = layer_ranges(config, layer).map(|range| &parameters[range]);
+        Weights { attention_gain, qkv, output, mlp_gain, up, down }
+    }
+}
+
+impl Native {
+    /// Memory for a model of this shape, for sequences of up to `context` tokens.
+    pub(crate) fn new(config: &Config) -> Self {
+        Native {
+            rotary: Table::new(config.context, config.head(), config.rope_theta),
+            config: config.clone(),
+            panels: Vec::new(),
+            backward_panels: LayerPanels::default(),
+            sequences: Vec::new(),
+            hidden: Vec::new(),
+            hidden_gradient: Vec::new(),
+            losses: Vec::new(),
+            scratch: cross_entropy::Scratch::default(),
+        }
+    }
+
+    /// The negative log-likelihood in nats of each target of `batch`, (sequences, time); zero where there is none.
+    pub(crate) fn losses(&mut self, parameters: &[f32], batch: &Batch) -> &[f32] {
+        self.forward(parameters, batch);
+        let embedding = &parameters[..self.config.vocab * self.config.width];
+        let output = Output { hidden: &self.hidden, embedding, width: self.config.width, targets: &batch.targets };
+        output.losses(&mut self.losses, &mut self.scratch);
+        &self.losses
+    }
+
+    /// The logits after the last position of each sequence, (sequences, vocab).
+    pub(crate) fn logits(&mut self, parameters: &[f32], batch: &Batch) -> Vec<f32> {
+        self.forward(parameters, batch);
+        let (vocab, width, sequences) = (self.config.vocab, self.config.width, batch.sequences());
+        let mut logits = vec![0.0; sequences * vocab];
+        let last = Matrix::strided(&self.hidden[(batch.time - 1) * width..], sequences, width, batch.time * width);
+        let embedding = Matrix::new(&parameters[..vocab * width], vocab, width);
+        multiply(MatrixMut::new(&mut logits, sequences, vocab), Target::Overwrite, 1.0, last, embedding.transposed());
+        logits
+    }
+
+    /// [`Native::losses`], and adds the gradient of `scale * sum of losses` to `gradient`, which is as long as `parameters`.
+    pub(crate) fn losses_and_gradient(
+        &mut self,
+        parameters: &[f32],
+        batch: &Batch,
+        scale: f32,
+        gradient: &mut [f32],
+    ) -> &[f32] {
+        assert_eq!(parameters.len(), gradient.len());
+        self.forward(parameters, batch);
+        let config = &self.config;
+        let width = config.width;
+        let (table_gradient, layer_gradients) = gradient.split_at_mut(config.vocab * width);
+        let (layer_gradients, last_gain_gradient) = layer_gradients.split_at_mut(layer_gradients.len() - width);
+        let (table, last_gain) = (&parameters[..config.vocab * width], &parameters[parameters.len() - width..]);
+
+        let output = Output { hidden: &self.hidden, embedding: table, width, targets: &batch.targets };
+        output.losses_and_gradients(scale, &mut self.losses, &mut self.hidden_gradient, table_gradient, &mut self.scratch);
+
+        let rows = self.hidden_gradient.par_chunks(batch.time * width);
+        self.sequences.par_iter_mut().zip(rows).for_each(|(sequence, gradient)| sequence.leave(config, last_gain, gradient));
+        add_gains(&self.sequences, 0, last_gain_gradient);
+
+        let size = layer_sizes(config).iter().sum();
+        for (layer, gradient) in layer_gradients.chunks_exact_mut(size).enumerate().rev() {
+            let weights = Weights::of(config, parameters, layer);
+            self.backward_panels.pack(weights, config, |weight| weight);
+            let (panels, rotary) = (&self.backward_panels, &self.rotary);
+            let starts = batch.starts.par_chunks(batch.time);
+            self.sequences.par_iter_mut().zip(starts).for_each(|(sequence, starts)| {
+                SCRATCH.with_borrow_mut(|scratch| sequence.backward(config, layer, weights, panels, starts, rotary, scratch));
+            });
+            weight_gradients(config, &self.sequences, gradient);
+            for sequence in &mut self.sequences {
+                std::mem::swap(&mut sequence.out_gradient, &mut sequence.in_gradient);
+            }
+        }
+        for (sequence, tokens) in self.sequences.iter().zip(batch.tokens.chunks_exact(batch.time)) {
+            embedding::backward(&sequence.out_gradient, width, tokens, table_gradient);
+        }
+        &self.losses
+    }
+
+    /// Leaves the normalised last rows in `hidden` and what the backward pass needs in `sequences`.
+    fn forward(&mut self, parameters: &[f32], batch: &Batch) {
+        assert!(batch.time <= self.config.context, "a sequence is longer than the model's context");
+        assert!(batch.tokens.iter().all(|token| (*token as usize) < self.config.vocab), "a token exceeds the vocabulary");
+        let (config, width) = (&self.config, self.config.width);
+        self.sequences.resize_with(batch.sequences(), Sequence::default);
+        for buffer in [&mut self.hidden, &mut self.hidden_gradient] {
+            buffer.resize(batch.tokens.len() * width, 0.0);
+        }
+        self.losses.resize(batch.tokens.len(), 0.0);
+        self.panels.resize_with(config.layers, LayerPanels::default);
+        for (layer, panels) in self.panels.iter_mut().enumerate() {
+            panels.pack(Weights::of(config, parameters, layer), config, Matrix::transposed);
+        }
+        let (panels, rotary) = (&self.panels, &self.rotary);
+        let rows = batch.tokens.par_chunks(batch.time).zip(batch.starts.par_chunks(batch.time));
+        let hidden = self.hidden.par_chunks_mut(batch.time * width);
+        self.sequences.par_iter_mut().zip(rows).zip(hidden).for_each(|((sequence, (tokens, starts)), hidden)| {
+            SCRATCH.with_borrow_mut(|scratch| {
+                sequence.forward(config, parameters, panels, tokens, starts, rotary, hidden, scratch)
+            });
+        });
+    }
+}
+
+impl Sequence {
+    #[expect(clippy::too_many_arguments, reason = "the model, one sequence, and where its rows go")]
+    fn forward(
+        &mut self,
+        config: &Config,
+        parameters: &[f32],
+        panels: &[LayerPanels],
+        tokens: &[u32],
+        starts: &[u32],
+        rotary: &Table,
+        hidden: &mut [f32],
+        scratch: &mut Scratch,
+    ) {
+        let (time, width, mlp) = (tokens.len(), config.width, config.mlp);
+        let shape = Shape { time, heads: config.heads, head: config.head() };
+        self.inputs.resize_with(config.layers + 1, Vec::new);
+        self.layers.resize_with(config.layers, LayerRows::default);
+        self.inputs.iter_mut().for_each(|rows| rows.resize(time * width, 0.0));
+        scratch.rows.resize(time * width, 0.0);
+        scratch.mlp_rows.resize(time * mlp, 0.0);
+
+        embedding::forward(&parameters[..config.vocab * width], width, tokens, &mut self.inputs[0]);
+        for (layer, (rows, panels)) in self.layers.iter_mut().zip(panels).enumerate() {
+            rows.resize(time, config);
+            let weights = Weights::of(config, parameters, layer);
+            let [input, next] = &mut self.inputs[layer..layer + 2] else { unreachable!("two streams border a layer") };
+            let normed = &mut scratch.rows;
+
+            norm::forward(input, weights.attention_gain, config.norm_eps as f32, normed);
+            linear(normed, &panels.qkv, &mut rows.qkv, time, Target::Overwrite);
+            rotary.apply(&mut rows.qkv, 3 * width, 2 * config.heads, 0, Turn::Forward);
+            attention::forward(shape, &rows.qkv, starts, &mut rows.attended, &mut rows.log_sums, &mut scratch.attention);
+            rows.middle.copy_from_slice(input);
+            linear(&rows.attended, &panels.output, &mut rows.middle, time, Target::Add);
+
+            norm::forward(&rows.middle, weights.mlp_gain, config.norm_eps as f32, normed);
+            linear(normed, &panels.up, &mut rows.packed, time, Target::Overwrite);
+            match config.activation {
+                Activation::SwiGlu => activation::swiglu_forward(&rows.packed, mlp, &mut scratch.mlp_rows),
+                Activation::Gelu => activation::gelu_forward(&rows.packed, &mut scratch.mlp_rows),
+            }
+            next.copy_from_slice(&rows.middle);
+            linear(&scratch.mlp_rows, &panels.down, next, time, Target::Add);
+        }
+        let last_gain = &parameters[parameters.len() - width..];
+        norm::forward(&self.inputs[config.layers], last_gain, config.norm_eps as f32, hidden);
+    }
+
+    /// The backward pass of the last norm: from the gradient of its rows to that of the residual stream.
+    fn leave(&mut self, config: &Config, gain: &[f32], gradient: &[f32]) {
+        self.resize_gradients(gradient.len() / config.width, config);
+        self.out_gradient.fill(0.0);
+        self.gains[0].fill(0.0);
+        let (input, normed) = (&self.inputs[config.layers], &mut self.normed);
+        let eps = config.norm_eps as f32;
+        norm::backward(input, gain, eps, gradient, normed, &mut self.out_gradient, &mut self.gains[0]);
+    }
+
+    /// The backward pass of one layer's rows, from `out_gradient` to `in_gradient`.
+    #[expect(clippy::too_many_arguments, reason = "the model, one layer, and one sequence")]
+    fn backward(
+        &mut self,
+        config: &Config,
+        layer: usize,
+        weights: Weights<'_>,
+        panels: &LayerPanels,
+        starts: &[u32],
+        rotary: &Table,
+        scratch: &mut Scratch,
+    ) {
+        let (time, width, eps) = (starts.len(), config.width, config.norm_eps as f32);
+        let shape = Shape { time, heads: config.heads, head: config.head() };
+        let rows = &self.layers[layer];
+        scratch.rows.resize(time * width, 0.0);
+        self.gains.iter_mut().for_each(|gain| gain.fill(0.0));
+
+        linear(&self.out_gradient, &panels.down, &mut self.mlp_rows, time, Target::Overwrite);
+        match config.activation {
+            Activation::SwiGlu => {
+                activation::swiglu_backward(&rows.packed, config.mlp, &mut self.mlp_rows, &mut self.packed_gradient);
+            }
+            Activation::Gelu => activation::gelu_backward(&rows.packed, &mut self.mlp_rows, &mut self.packed_gradient),
+        }
+        self.mlp_inputs.pack_here(Matrix::new(&self.mlp_rows, time, config.mlp));
+        linear(&self.packed_gradient, &panels.up, &mut scratch.rows, time, Target::Overwrite);
+        self.middle_gradient.copy_from_slice(&self.out_gradient);
+        let (normed, stream) = (&mut self.normed, &mut self.middle_gradient);
+        norm::backward(&rows.middle, weights.mlp_gain, eps, &scratch.rows, normed, stream, &mut self.gains[1]);
+        self.up_inputs.pack_here(Matrix::new(normed, time, width));
+
+        linear(&self.middle_gradient, &panels.output, &mut scratch.rows, time, Target::Overwrite);
+        self.output_inputs.pack_here(Matrix::new(&rows.attended, time, width));
+        let (out, sums) = (&rows.attended, &rows.log_sums);
+        attention::backward(shape, &rows.qkv, starts, out, sums, &scratch.rows, &mut self.qkv_gradient, &mut scratch.attention);
+        rotary.apply(&mut self.qkv_gradient, 3 * width, 2 * config.heads, 0, Turn::Backward);
+        linear(&self.qkv_gradient, &panels.qkv, &mut scratch.rows, time, Target::Overwrite);
+        self.in_gradient.copy_from_slice(&self.middle_gradient);
+        let (normed, stream) = (&mut self.normed, &mut self.in_gradient);
+        norm::backward(&self.inputs[layer], weights.attention_gain, eps, &scratch.rows, normed, stream, &mut self.gains[0]);
+        self.qkv_inputs.pack_here(Matrix::new(normed, time, width));
+    }
+
+    fn resize_gradients(&mut self, time: usize, config: &Config) {
+        let (width, mlp) = (config.width, config.mlp);
+        let streams = [&mut self.out_gradient, &mut self.middle_gradient, &mut self.in_gradient];
+        for rows in streams.into_iter().chain([&mut self.normed]) {
+            rows.resize(time * width, 0.0);
+        }
+        self.packed_gradient.resize(time * config.activation.packed() * mlp, 0.0);
+        self.qkv_gradient.resize(time * 3 * width, 0.0);
+        self.mlp_rows.resize(time * mlp, 0.0);
+        self.gains.iter_mut().for_each(|gain| gain.resize(width, 0.0));
+    }
+}
+
+impl LayerRows {
+    fn resize(&mut self, time: usize, config: &Config) {
+        self.qkv.resize(time * 3 * config.width, 0.0);
+        self.attended.resize(time * config.width, 0.0);
+        self.log_sums.resize(time * config.heads, 0.0);
+        self.middle.resize(time * config.width, 0.0);
+        self.packed.resize(time * config.activation.packed() * config.mlp, 0.0);
+    }
+}
+
+/// `out = x weight`, or `out += x weight`, for `x` (time, in) and the packed `weight` (in, out).
+fn linear(x: &[f32], weight: &Panels, out: &mut [f32], time: usize, target: Target) {
+    let (inputs, outputs) = (x.len() / time, out.len() / time);
+    weight.multiply(MatrixMut::new(out, time, outputs), target, Matrix::new(x, time, inputs));
+}
+
+/// A product whose sum over sequences is the gradient of some rows of a weight.
+struct WeightTask<'a> {
+    gradient: &'a mut [f32], // (rows, in), rows of the weight from `first`
+    first: usize,
+    inputs: usize,
+    outputs: usize,
+    rows: fn(&Sequence) -> (&[f32], &Panels),
+}
+
+/// Adds the gradients of the layer's weights, which the backward pass of its rows has prepared, to `gradient`.
+fn weight_gradients(config: &Config, sequences: &[Sequence], gradient: &mut [f32]) {
+    let mut rest = gradient;
+    let mut parts = layer_sizes(config).map(|size| {
+        let (part, after) = std::mem::take(&mut rest).split_at_mut(size);
+        rest = after;
+        part
+    });
+    add_gains(sequences, 0, parts[0]);
+    add_gains(sequences, 1, parts[3]);
+    let [_, qkv, output, _, up, down] = &mut parts;
+    let mut tasks = Vec::new();
+    add_tasks(&mut tasks, down, config.mlp, |sequence| (&sequence.out_gradient, &sequence.mlp_inputs));
+    add_tasks(&mut tasks, up, config.width, |sequence| (&sequence.packed_gradient, &sequence.up_inputs));
+    add_tasks(&mut tasks, output, config.width, |sequence| (&sequence.middle_gradient, &sequence.output_inputs));
+    add_tasks(&mut tasks, qkv, config.width, |sequence| (&sequence.qkv_gradient, &sequence.qkv_inputs));
+    tasks.into_par_iter().with_max_len(1).for_each(|task| task.run(sequences));
+}
+
+/// Cuts the gradient of one weight into tasks. `rows` names the gradient of the product's rows (time, out) and what went
+/// into it (time, in).
+fn add_tasks<'a>(
+    tasks: &mut Vec<WeightTask<'a>>,
+    gradient: &'a mut [f32],
+    inputs: usize,
+    rows: fn(&Sequence) -> (&[f32], &Panels),
+) {
+    let outputs = gradient.len() / inputs;
+    for (block, gradient) in gradient.chunks_mut(WEIGHT_ROWS * inputs).enumerate() {
+        tasks.push(WeightTask { gradient, first: block * WEIGHT_ROWS, inputs, outputs, rows });
+    }
+}
+
+impl WeightTask<'_> {
+    fn run(self, sequences: &[Sequence]) {
+        let here = self.gradient.len() / self.inputs;
+        for sequence in sequences {
+            let (gradient, inputs) = (self.rows)(sequence);
+            let gradient = Matrix::strided(&gradient[self.first..], inputs.rows(), here, self.outputs);
+            inputs.multiply(MatrixMut::new(self.gradient, here, self.inputs), Target::Add, gradient.transposed());
+        }
+    }
+}
+
+/// Adds each sequence's gradient of a gain, in the order of sequences.
+fn add_gains(sequences: &[Sequence], which: usize, gradient: &mut [f32]) {
+    for sequence in sequences {
+        for (sum, gain) in gradient.iter_mut().zip(&sequence.gains[which]) {
+            *sum += gain;
+        }
+    }
+}

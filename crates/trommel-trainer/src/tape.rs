@@ -1,0 +1,201 @@
+//! The model on candle's tape, for devices other than the CPU, and as the oracle of [`crate::native`] in the tests.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use trommel_kernels::adamw::Factors;
+use trommel_kernels::cross_entropy::IGNORED;
+use trommel_kernels::rotary::Table;
+
+use crate::batch::Batch;
+use crate::composed::{activate, attention, linear, losses, mask, rms_norm, rotate};
+use crate::model::{Activation, Config};
+use crate::parameters::Layout;
+
+/// A model whose parameters, gradients and moments live on a device.
+#[derive(Debug)]
+pub struct Tape {
+    config: Config,
+    layout: Layout,
+    device: Device,
+    cosines: Tensor, // (context, head / 2)
+    sines: Tensor,   // (context, head / 2)
+    parameters: Vec<Var>,
+    gradients: Vec<Option<Tensor>>,
+    moments: Vec<(Tensor, Tensor)>,
+}
+
+/// Tensors that belong to one layer: norm, query, key, value, output, norm, (gate), up, down.
+struct Names {
+    first: usize,
+    gate: bool,
+}
+
+impl Names {
+    fn mlp(&self, which: usize) -> usize {
+        self.first + 6 + which
+    }
+
+    fn down(&self) -> usize {
+        self.mlp(1 + usize::from(self.gate))
+    }
+}
+
+impl Tape {
+    /// A model with the flat `parameters` on `device`.
+    pub fn new(config: &Config, parameters: &[f32], device: &Device) -> Result<Self> {
+        let layout = Layout::new(config);
+        let table = Table::new(config.context, config.head(), config.rope_theta);
+        let shape = (config.context, config.head() / 2);
+        let var = |slot: &crate::parameters::Slot| {
+            Var::from_tensor(&Tensor::from_slice(&parameters[slot.range.clone()], slot.shape.as_slice(), device)?)
+        };
+        let parameters = layout.slots().iter().map(var).collect::<Result<Vec<Var>>>()?;
+        Ok(Tape {
+            cosines: Tensor::from_slice(table.cosines(), shape, device)?,
+            sines: Tensor::from_slice(table.sines(), shape, device)?,
+            gradients: vec![None; parameters.len()],
+            moments: Vec::new(),
+            config: config.clone(),
+            device: device.clone(),
+            layout,
+            parameters,
+        })
+    }
+
+    /// The flat parameters, on the host.
+    pub fn parameters(&self) -> Result<Vec<f32>> {
+        flatten(self.parameters.iter().map(|var| Some(var.as_tensor())), &self.layout)
+    }
+
+    /// The flat gradient, on the host.
+    pub fn gradient(&self) -> Result<Vec<f32>> {
+        flatten(self.gradients.iter().map(Option::as_ref), &self.layout)
+    }
+
+    /// Both flat moments, on the host.
+    pub fn moments(&self) -> Result<[Vec<f32>; 2]> {
+        let at = |i: usize| self.moments.get(i);
+        let slots = 0..self.parameters.len();
+        Ok([
+            flatten(slots.clone().map(|i| at(i).map(|m| &m.0)), &self.layout)?,
+            flatten(slots.map(|i| at(i).map(|m| &m.1)), &self.layout)?,
+        ])
+    }
+
+    /// Replaces both moments.
+    pub fn set_moments(&mut self, [m, v]: [&[f32]; 2]) -> Result<()> {
+        let tensor = |flat: &[f32], slot: &crate::parameters::Slot| {
+            Tensor::from_slice(&flat[slot.range.clone()], slot.shape.as_slice(), &self.device)
+        };
+        self.moments =
+            self.layout.slots().iter().map(|slot| Ok((tensor(m, slot)?, tensor(v, slot)?))).collect::<Result<Vec<_>>>()?;
+        Ok(())
+    }
+
+    /// The negative log-likelihood of each target, (sequences * time); zero where there is none.
+    pub fn losses(&self, batch: &Batch) -> Result<Tensor> {
+        let hidden = self.hidden(batch)?;
+        let targets: Vec<u32> = batch.targets.iter().map(|t| if *t == IGNORED { 0 } else { *t }).collect();
+        let counted: Vec<f32> = batch.targets.iter().map(|t| if *t == IGNORED { 0.0 } else { 1.0 }).collect();
+        let rows = targets.len();
+        let (targets, counted) =
+            (Tensor::from_vec(targets, rows, &self.device)?, Tensor::from_vec(counted, rows, &self.device)?);
+        losses(&linear(&hidden, self.parameters[0].as_tensor())?, &targets, &counted)
+    }
+
+    /// The logits after the last position of each sequence, (sequences, vocab).
+    pub fn logits(&self, batch: &Batch) -> Result<Vec<f32>> {
+        let hidden = self.hidden(batch)?.reshape((batch.sequences(), batch.time, self.config.width))?;
+        let last = hidden.narrow(1, batch.time - 1, 1)?.squeeze(1)?.contiguous()?;
+        linear(&last, self.parameters[0].as_tensor())?.flatten_all()?.to_vec1()
+    }
+
+    /// [`Tape::losses`], and adds the gradient of `scale * sum of losses`.
+    pub fn losses_and_gradient(&mut self, batch: &Batch, scale: f32) -> Result<Tensor> {
+        let losses = self.losses(batch)?;
+        let gradients = (losses.sum_all()? * f64::from(scale))?.backward()?;
+        for (sum, var) in self.gradients.iter_mut().zip(&self.parameters) {
+            let Some(gradient) = gradients.get(var.as_tensor()) else { continue };
+            *sum = Some(match sum.take() {
+                Some(sum) => sum.add(gradient)?,
+                None => gradient.clone(),
+            });
+        }
+        Ok(losses.detach())
+    }
+
+    /// The Euclidean norm of the gradient.
+    pub fn gradient_norm(&self) -> Result<f64> {
+        let squares = self.gradients.iter().flatten().map(|gradient| gradient.sqr()?.sum_all());
+        let squares = Tensor::stack(&squares.collect::<Result<Vec<_>>>()?, 0)?;
+        Ok(squares.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?.sqrt())
+    }
+
+    /// Forgets the gradient.
+    pub fn clear_gradient(&mut self) {
+        self.gradients.fill(None);
+    }
+
+    /// One step of `AdamW`, as [`trommel_kernels::adamw::step`]; gains do not decay.
+    pub fn step(&mut self, factors: Factors) -> Result<()> {
+        if self.moments.is_empty() {
+            let zeros = |var: &Var| Ok((var.zeros_like()?, var.zeros_like()?));
+            self.moments = self.parameters.iter().map(zeros).collect::<Result<Vec<_>>>()?;
+        }
+        let f = factors;
+        let wide = f64::from;
+        let slots = self.layout.slots().iter().zip(&self.parameters).zip(&self.gradients);
+        for (((slot, parameter), gradient), (m, v)) in slots.zip(&mut self.moments) {
+            let Some(gradient) = gradient else { continue };
+            let g = (gradient * wide(f.gradient_scale))?;
+            *m = ((&*m * wide(f.beta1))? + (&g * (1.0 - wide(f.beta1)))?)?;
+            *v = ((&*v * wide(f.beta2))? + (g.sqr()? * (1.0 - wide(f.beta2)))?)?;
+            let root = ((&*v / wide(f.correction2))?.sqrt()? + wide(f.epsilon))?;
+            let change = ((&*m * (wide(f.learning_rate) / wide(f.correction1)))? / root)?;
+            let decay = if slot.decays() { wide(f.learning_rate) * wide(f.decay) } else { 0.0 };
+            parameter.set(&((parameter.as_tensor() * (1.0 - decay))? - change)?)?;
+        }
+        Ok(())
+    }
+
+    /// The normalised rows after the last layer, (sequences * time, width).
+    fn hidden(&self, batch: &Batch) -> Result<Tensor> {
+        let config = &self.config;
+        let (sequences, time, width) = (batch.sequences(), batch.time, config.width);
+        let weight = |i: usize| self.parameters[i].as_tensor();
+        let tokens = Tensor::from_slice(&batch.tokens, sequences * time, &self.device)?;
+        let mask = mask(&Tensor::from_slice(&batch.starts, (sequences, time), &self.device)?)?;
+        let (cosines, sines) = (self.cosines.narrow(0, 0, time)?, self.sines.narrow(0, 0, time)?);
+        let heads = |x: Tensor| x.reshape((sequences, time, config.heads, config.head()))?.transpose(1, 2);
+
+        let gate = config.activation == Activation::SwiGlu;
+        let mut x = weight(0).index_select(&tokens, 0)?; // (sequences * time, width)
+        for layer in 0..config.layers {
+            let names = Names { first: 1 + layer * (8 + usize::from(gate)), gate };
+            let first = names.first;
+            let normed = rms_norm(&x, weight(first), config.norm_eps)?;
+            let turned = |i: usize| rotate(&heads(linear(&normed, weight(i))?)?, &cosines, &sines);
+            let (q, k, v) = (turned(first + 1)?, turned(first + 2)?, heads(linear(&normed, weight(first + 3))?)?);
+            let attended = attention(&q, &k, &v, &mask)?.transpose(1, 2)?.reshape((sequences * time, width))?;
+            x = (x + linear(&attended, weight(first + 4))?)?;
+
+            let normed = rms_norm(&x, weight(first + 5), config.norm_eps)?;
+            let mut packed = linear(&normed, weight(names.mlp(0)))?;
+            if gate {
+                packed = Tensor::cat(&[packed, linear(&normed, weight(names.mlp(1)))?], 1)?;
+            }
+            x = (x + linear(&activate(&packed, config.activation)?, weight(names.down()))?)?;
+        }
+        rms_norm(&x, weight(self.parameters.len() - 1), config.norm_eps)
+    }
+}
+
+/// Tensors in the order of the layout as one flat vector on the host; zeros where there is none.
+fn flatten<'a>(tensors: impl Iterator<Item = Option<&'a Tensor>>, layout: &Layout) -> Result<Vec<f32>> {
+    let mut flat = vec![0.0; layout.len()];
+    for (tensor, slot) in tensors.zip(layout.slots()) {
+        if let Some(tensor) = tensor {
+            flat[slot.range.clone()].copy_from_slice(&tensor.flatten_all()?.to_vec1::<f32>()?);
+        }
+    }
+    Ok(flat)
+}

@@ -1,0 +1,91 @@
+//! Small folders of shards, tokenizers and plans.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, ListBuilder, UInt32Builder};
+use arrow::record_batch::RecordBatch;
+use parquet::arrow::ArrowWriter;
+use trommel_core::manifest::{Manifest, Shard};
+use trommel_trainer::batch::Batch;
+use trommel_trainer::model::{Activation, Config};
+use trommel_trainer::pretrain::PretrainPlan;
+use trommel_trainer::recipe::Recipe;
+
+/// Words of the toy language; word 0 is the end of text.
+pub(crate) const VOCAB: usize = 30;
+/// Tokens per sequence.
+pub(crate) const CONTEXT: usize = 16;
+
+/// A model of 8,000 parameters.
+pub(crate) fn tiny(activation: Activation) -> Config {
+    Config { vocab: VOCAB, width: 24, layers: 2, heads: 2, mlp: 40, activation, context: 32, rope_theta: 1e4, norm_eps: 1e-5 }
+}
+
+/// A document of the toy language: each word follows from the one before and the document's stride.
+pub(crate) fn document(i: usize) -> Vec<u32> {
+    let (len, stride) = (5 + i * 7 % 23, 1 + i % 3);
+    (0..len).map(|t| ((i + t * stride) % (VOCAB - 1) + 1) as u32).collect()
+}
+
+/// The words of a document.
+pub(crate) fn text(i: usize) -> String {
+    document(i).iter().map(|word| format!("w{word}")).collect::<Vec<_>>().join(" ")
+}
+
+/// Sequences of documents from `first` on.
+pub(crate) fn batch(sequences: usize, time: usize, first: usize) -> Batch {
+    let mut stream = (first..).flat_map(|i| document(i).into_iter().chain([0]));
+    let mut batch = Batch::new(time);
+    let mut previous = 0;
+    for _ in 0..sequences {
+        let next: Vec<u32> = stream.by_ref().take(time).collect();
+        batch.push(previous, &next, 0);
+        previous = next[time - 1];
+    }
+    batch
+}
+
+/// Writes two shards of 20 documents each, their manifest and the tokenizer.
+pub(crate) fn write_shards(folder: &Path) {
+    fs::create_dir_all(folder).unwrap();
+    let mut shards = Vec::new();
+    for shard in 0..2 {
+        let mut builder = ListBuilder::new(UInt32Builder::new());
+        let documents: Vec<Vec<u32>> = (shard * 20..shard * 20 + 20).map(document).collect();
+        documents.iter().for_each(|tokens| builder.append_value(tokens.iter().map(|token| Some(*token))));
+        let batch = RecordBatch::try_from_iter([("tokens", Arc::new(builder.finish()) as ArrayRef)]).unwrap();
+        let path = format!("shard-{shard}.parquet");
+        let mut writer = ArrowWriter::try_new(File::create(folder.join(&path)).unwrap(), batch.schema(), None).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
+        let tokens = documents.iter().map(Vec::len).sum::<usize>() as u64;
+        shards.push(Shard { shard: shard as u32, path, rows: 20, tokens, bytes: 0, checksum: format!("{shard}") });
+    }
+    let tokens = shards.iter().map(|shard| shard.tokens).sum();
+    let manifest = Manifest { domain: "toy".into(), vocab: VOCAB as u32, end_of_text: 0, tokens, shards };
+    fs::write(folder.join(Manifest::FILE), serde_json::to_vec(&manifest).unwrap()).unwrap();
+    let words = (1..VOCAB).map(|word| format!("\"w{word}\": {word}")).collect::<Vec<_>>().join(", ");
+    let tokenizer = format!(
+        r#"{{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": {{"type": "Whitespace"}}, "post_processor": null, "decoder": null,
+            "model": {{"type": "WordLevel", "vocab": {{"<end>": 0, {words}}}, "unk_token": "<end>"}}}}"#
+    );
+    fs::write(folder.join(Manifest::TOKENIZER), tokenizer).unwrap();
+}
+
+/// 30 steps of 4 sequences on the shards in `folder/shards`, written to `folder/out`.
+pub(crate) fn plan(folder: &Path, out: &str) -> PretrainPlan {
+    let model = tiny(Activation::SwiGlu);
+    let recipe = Recipe { batch_tokens: 4 * CONTEXT, warmup_steps: 3, learning_rate: 1e-2, ..Recipe::pretraining(&model, 1) };
+    PretrainPlan {
+        model,
+        context: CONTEXT,
+        tokens: (30 * 4 * CONTEXT) as u64,
+        recipe,
+        seed: 11,
+        shards: folder.join("shards"),
+        out: folder.join(out),
+    }
+}

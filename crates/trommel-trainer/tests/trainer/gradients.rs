@@ -1,0 +1,159 @@
+//! Gradients of the whole model against the tape and finite differences, and what the mask hides.
+
+use candle_core::Device;
+use trommel_trainer::engine::Engine;
+use trommel_trainer::model::{Activation, Config};
+use trommel_trainer::parameters::Layout;
+use trommel_trainer::recipe::Recipe;
+use trommel_trainer::tape::Tape;
+
+use crate::fixtures::{batch, tiny};
+
+/// Weights large enough that every part of the model matters.
+fn parameters(config: &Config) -> Vec<f32> {
+    Layout::new(config).initial(3).iter().map(|p| p * 2.0).collect()
+}
+
+fn engine(config: &Config) -> Engine {
+    Engine::new(config, parameters(config), &Device::Cpu).unwrap()
+}
+
+fn assert_close(got: &[f32], expected: &[f32], tolerance: f32, what: &str) {
+    assert_eq!(got.len(), expected.len());
+    let size = expected.iter().fold(1e-6f32, |a, b| a.max(b.abs()));
+    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+        assert!((got - expected).abs() <= tolerance * size, "{what}, number {i}: {got} for {expected}");
+    }
+}
+
+#[test]
+fn losses_logits_and_gradients_equal_the_tape() {
+    for activation in [Activation::SwiGlu, Activation::Gelu] {
+        let config = tiny(activation);
+        let (mut engine, mut tape) = (engine(&config), Tape::new(&config, &parameters(&config), &Device::Cpu).unwrap());
+        for (sequences, time) in [(1, 1), (3, 7), (2, 32)] {
+            let batch = batch(sequences, time, 2);
+            let losses = tape.losses_and_gradient(&batch, 0.1).unwrap().to_vec1::<f32>().unwrap();
+            assert_close(&engine.losses(&batch).unwrap(), &losses, 1e-5, "losses");
+            assert_close(&engine.logits(&batch).unwrap(), &tape.logits(&batch).unwrap(), 1e-5, "logits");
+            let sum = engine.accumulate(&batch, 0.1).unwrap();
+            let expected: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
+            assert!((sum / expected - 1.0).abs() < 1e-5);
+        }
+        // Both have added up three batches by now.
+        let (gradient, expected) = (engine.gradient().unwrap(), tape.gradient().unwrap());
+        for slot in Layout::new(&config).slots() {
+            assert_close(&gradient[slot.range.clone()], &expected[slot.range.clone()], 1e-4, &slot.name);
+        }
+        assert!((engine.gradient_norm().unwrap() / tape.gradient_norm().unwrap() - 1.0).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn steps_equal_the_tape() {
+    let config = tiny(Activation::SwiGlu);
+    let recipe = Recipe { clip: 0.5, ..Recipe::pretraining(&config, 1000) };
+    let (mut engine, mut tape) = (engine(&config), Tape::new(&config, &parameters(&config), &Device::Cpu).unwrap());
+    let mut on_tape = engine.parameters().unwrap();
+    for step in 0..3 {
+        let batch = batch(2, 9, step);
+        engine.accumulate(&batch, 0.1).unwrap();
+        let norm = engine.gradient_norm().unwrap();
+        engine.step(&recipe, step as u64, 1e-3, norm).unwrap();
+
+        tape.losses_and_gradient(&batch, 0.1).unwrap();
+        let power = step as i32 + 1;
+        tape.step(trommel_kernels::adamw::Factors {
+            learning_rate: 1e-3,
+            decay: recipe.decay as f32,
+            beta1: recipe.beta1 as f32,
+            beta2: recipe.beta2 as f32,
+            epsilon: recipe.epsilon as f32,
+            correction1: (1.0 - recipe.beta1.powi(power)) as f32,
+            correction2: (1.0 - recipe.beta2.powi(power)) as f32,
+            gradient_scale: (recipe.clip / tape.gradient_norm().unwrap()).min(1.0) as f32,
+        })
+        .unwrap();
+        tape.clear_gradient();
+        on_tape = tape.parameters().unwrap();
+    }
+    let (got, start) = (engine.parameters().unwrap(), parameters(&config));
+    let moved = got.iter().zip(&start).filter(|(a, b)| a != b).count();
+    assert!(moved > got.len() / 2);
+    // Where a gradient is nearly zero, Adam divides noise by noise; the mean over all numbers is a steadier measure.
+    let off: f64 = got.iter().zip(&on_tape).map(|(a, b)| f64::from((a - b).abs())).sum::<f64>() / got.len() as f64;
+    assert!(off < 3e-6, "{off}");
+}
+
+#[test]
+fn gradients_equal_finite_differences() {
+    let config = tiny(Activation::Gelu);
+    let batch = batch(2, 11, 5);
+    let mut engine = engine(&config);
+    engine.accumulate(&batch, 1.0).unwrap();
+    let (gradient, start) = (engine.gradient().unwrap(), parameters(&config));
+    let loss = |i: usize, change: f32| {
+        let mut parameters = start.clone();
+        parameters[i] += change;
+        let mut engine = Engine::new(&config, parameters, &Device::Cpu).unwrap();
+        engine.losses(&batch).unwrap().iter().map(|loss| f64::from(*loss)).sum::<f64>()
+    };
+    for slot in Layout::new(&config).slots() {
+        let i = slot.range.start + slot.range.len() / 3;
+        let slope = (loss(i, 1e-2) - loss(i, -1e-2)) / 2e-2;
+        assert!(
+            (slope - f64::from(gradient[i])).abs() < 2e-2 * slope.abs().max(1.0),
+            "{}: {} for {slope}",
+            slot.name,
+            gradient[i]
+        );
+    }
+}
+
+#[test]
+fn a_document_does_not_see_its_neighbour() {
+    let config = tiny(Activation::SwiGlu);
+    let mut engine = engine(&config);
+    let second = [0, 9, 8, 7, 6, 5];
+    let mut with_neighbour = |neighbour: [u32; 5]| {
+        let mut batch = trommel_trainer::batch::Batch::new(11);
+        let stream: Vec<u32> = neighbour.into_iter().chain(second).chain([0]).collect();
+        batch.push(0, &stream[..11], 0);
+        engine.losses(&batch).unwrap()[6..].to_vec()
+    };
+    assert_eq!(with_neighbour([1, 2, 3, 4, 5]), with_neighbour([20, 21, 22, 23, 24]));
+}
+
+#[test]
+fn later_tokens_do_not_change_earlier_losses() {
+    let config = tiny(Activation::SwiGlu);
+    let mut engine = engine(&config);
+    let mut batch = batch(1, 20, 0);
+    let before = engine.losses(&batch).unwrap();
+    batch.tokens[15] = 29;
+    let after = engine.losses(&batch).unwrap();
+    assert_eq!(before[..15], after[..15]);
+    assert_ne!(before[15..], after[15..]);
+}
+
+#[test]
+fn one_thread_and_two_threads_agree_to_the_bit() {
+    let config = Config { vocab: 700, ..tiny(Activation::SwiGlu) };
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let mut engine = engine(&config);
+            let batch = batch(13, 31, 0);
+            let recipe = Recipe::pretraining(&config, 1000);
+            let mut losses = Vec::new();
+            for step in 0..3 {
+                losses.push(engine.accumulate(&batch, 0.01).unwrap());
+                let norm = engine.gradient_norm().unwrap();
+                engine.step(&recipe, step, 1e-2, norm).unwrap();
+            }
+            (losses, engine.parameters().unwrap())
+        })
+    };
+    let (one, two, three) = (run(1), run(2), run(3));
+    assert!(one == two && two == three);
+}

@@ -1,0 +1,95 @@
+//! Fine-tuning, evaluation and generation on a model of a toy language.
+
+use std::fs;
+use std::path::Path;
+
+use candle_core::Device;
+use trommel_core::progress::{Interrupt, Silent};
+use trommel_trainer::evaluate::evaluate;
+use trommel_trainer::finetune::{FinetunePlan, Start, finetune};
+use trommel_trainer::generate::{Sampling, generate};
+use trommel_trainer::model::Activation;
+use trommel_trainer::pretrain::pretrain;
+use trommel_trainer::recipe::Recipe;
+
+use crate::fixtures::{CONTEXT, plan, text, tiny, write_shards};
+
+/// Documents whose stride is two, one third of the language.
+fn domain(range: std::ops::Range<usize>) -> Vec<String> {
+    range.map(|i| text(3 * i + 1)).collect()
+}
+
+fn finetune_plan(folder: &Path, start: Start, out: &str) -> FinetunePlan {
+    let model = FinetunePlan::model(&start).unwrap();
+    let recipe = Recipe { batch_tokens: 4 * CONTEXT, warmup_steps: 2, learning_rate: 5e-3, ..Recipe::finetuning(&model, 1) };
+    FinetunePlan {
+        start,
+        train: domain(20..40),
+        validation: domain(40..46),
+        tokenizer: folder.join("shards/tokenizer.json"),
+        context: CONTEXT,
+        tokens: 40 * 4 * CONTEXT as u64,
+        recipe,
+        seed: 5,
+        patience: 4,
+        out: folder.join(out),
+    }
+}
+
+#[test]
+fn tuning_helps_on_the_domain_and_everything_repeats() {
+    let folder = tempfile::tempdir().unwrap();
+    write_shards(&folder.path().join("shards"));
+    let interrupt = Interrupt::default();
+    let pretrained = pretrain(&plan(folder.path(), "pretrained"), &Device::Cpu, &Silent, &interrupt).unwrap();
+    let start = Start::Checkpoint(pretrained.checkpoint.clone());
+    let tune = |start: &Start, out: &str| {
+        finetune(&finetune_plan(folder.path(), start.clone(), out), &Device::Cpu, &Silent, &Interrupt::default()).unwrap()
+    };
+    let report = tune(&start, "tuned");
+    assert!(report.best_step > 0 && report.loss_after < report.loss_before - 0.1, "{report:?}");
+    let weights = |out: &str| fs::read(folder.path().join(out).join("checkpoint/model.safetensors")).unwrap();
+    tune(&start, "again");
+    assert_eq!(weights("tuned"), weights("again"));
+    assert!(tune(&start, "tuned").cached);
+
+    // The weights on disk are those of the best evaluation.
+    let documents = domain(40..46);
+    let score = |folder: &Path| evaluate(folder, &documents, CONTEXT, &Device::Cpu, &Silent, &interrupt).unwrap();
+    let (before, after) = (score(&pretrained.checkpoint), score(&report.checkpoint));
+    assert!((before.nll_per_token - report.loss_before).abs() < 1e-9);
+    assert!((after.nll_per_token - report.loss_after).abs() < 1e-9);
+    assert!(after.perplexity < before.perplexity && after.stderr > 0.0);
+    assert_eq!(after.bytes, documents.iter().map(|d| d.len() as u64).sum::<u64>());
+    assert_eq!(after.tokens, documents.iter().map(|d| d.split(' ').count() as u64).sum::<u64>());
+
+    let scratch = tune(&Start::Scratch { model: tiny(Activation::SwiGlu), end_of_text: 0 }, "scratch");
+    assert!((scratch.loss_before - 30f64.ln()).abs() < 0.3);
+    assert!(scratch.loss_after > report.loss_after, "training on little text alone should be worse: {scratch:?}");
+}
+
+#[test]
+fn tuning_that_only_harms_keeps_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    write_shards(&folder.path().join("shards"));
+    let pretrained = pretrain(&plan(folder.path(), "pretrained"), &Device::Cpu, &Silent, &Interrupt::default()).unwrap();
+    let plan = finetune_plan(folder.path(), Start::Checkpoint(pretrained.checkpoint.clone()), "tuned");
+    let recipe = Recipe { learning_rate: 0.5, warmup_steps: 1, ..plan.recipe.clone() };
+    let report = finetune(&FinetunePlan { recipe, ..plan }, &Device::Cpu, &Silent, &Interrupt::default()).unwrap();
+    assert_eq!((report.best_step, report.steps), (0, 8), "four evaluations without gain, two steps apart");
+    let weights = |folder: &Path| fs::read(folder.join("model.safetensors")).unwrap();
+    assert_eq!(weights(&report.checkpoint), weights(&pretrained.checkpoint));
+}
+
+#[test]
+fn generated_text_is_of_the_language_and_repeats() {
+    let folder = tempfile::tempdir().unwrap();
+    write_shards(&folder.path().join("shards"));
+    let pretrained = pretrain(&plan(folder.path(), "pretrained"), &Device::Cpu, &Silent, &Interrupt::default()).unwrap();
+    let write = |seed| {
+        let sampling = Sampling { max_tokens: 40, temperature: 0.7, top_k: Some(5), seed };
+        generate(&pretrained.checkpoint, "w1 w2 w3", &sampling, &Device::Cpu, &Interrupt::default()).unwrap()
+    };
+    assert_eq!(write(1), write(1));
+    assert!((1..5).any(|seed| !write(seed).is_empty()));
+}

@@ -1,0 +1,246 @@
+//! The command line. [contract]
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Screens a generic corpus for the part that one domain needs, and trains the small model on it.
+#[derive(Debug, Parser)]
+#[command(name = "trommel", version, max_term_width = 110)]
+pub struct Arguments {
+    /// Threads to work with [default: one per core].
+    #[arg(long, global = true, value_name = "N", value_parser = threads)]
+    pub(crate) threads: Option<usize>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n @ 1..=4096) => Ok(n),
+        _ => Err("a whole number from 1 to 4096".into()),
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a pipeline: window, embed, cluster, weigh, resample, shard, and compare models trained on the result.
+    Run(RunArguments),
+    /// Check a pipeline file and print every mistake with line and column.
+    Check(PipelineArguments),
+    /// Show the stages of a pipeline, and which of them are done; runs nothing.
+    Plan(PlanArguments),
+    /// Query the tables of a run; without -c, at a prompt.
+    Sql(SqlArguments),
+    /// Pretrain a model on a folder of shards.
+    Train(TrainArguments),
+    /// Fine-tune a checkpoint on the documents of a domain.
+    Finetune(FinetuneArguments),
+    /// Measure a checkpoint's perplexity on held-out documents.
+    Eval(EvalArguments),
+    /// Continue a text.
+    Generate(GenerateArguments),
+    /// Make a static embedding table from a sentence encoder.
+    DistillEmbedder(DistillArguments),
+    /// Print the JSON Schema of a file format, for editors.
+    Schema(SchemaArguments),
+}
+
+/// A pipeline file and what replaces parts of it.
+#[derive(Debug, Args)]
+pub struct PipelineArguments {
+    /// The pipeline file (YAML).
+    pub(crate) pipeline: PathBuf,
+    /// Replace a value of the file, such as `--set resample.tokens=5M`; may be given many times.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) overlays: Vec<String>,
+    /// The directory of all outputs [default: runs/NAME].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct RunArguments {
+    #[command(flatten)]
+    pub(crate) pipeline: PipelineArguments,
+    /// Stop after this stage.
+    #[arg(long, value_enum, value_name = "STAGE")]
+    pub(crate) until: Option<Until>,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgument,
+    /// Print one JSON object instead of tables.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct PlanArguments {
+    #[command(flatten)]
+    pub(crate) pipeline: PipelineArguments,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A stage to stop after.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Until {
+    Windows,
+    Embed,
+    Cluster,
+    Assign,
+    Histogram,
+    Weigh,
+    Tokenizer,
+    Resample,
+    Shard,
+    Train,
+    Finetune,
+    Eval,
+}
+
+#[derive(Debug, Args)]
+pub struct DeviceArgument {
+    /// Where to train: `auto`, `cpu` or `cuda:N`.
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub(crate) device: String,
+}
+
+#[derive(Debug, Args)]
+pub struct SqlArguments {
+    /// A run directory, or the pipeline file that made it.
+    pub(crate) run: PathBuf,
+    /// The query.
+    #[arg(short = 'c', long = "command", value_name = "QUERY")]
+    pub(crate) query: Option<String>,
+    /// How to print the rows.
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(crate) format: Format,
+}
+
+/// How rows are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Table,
+    Csv,
+    Json,
+    Parquet,
+}
+
+#[derive(Debug, Args)]
+pub struct TrainArguments {
+    /// The training file (YAML).
+    pub(crate) training: PathBuf,
+    /// Replace a value of the file; may be given many times.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) overlays: Vec<String>,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgument,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Documents of a domain.
+#[derive(Debug, Args)]
+pub struct DocumentsArgument {
+    /// File, folder or glob of documents (Parquet or JSON lines).
+    pub(crate) documents: String,
+    /// The column that holds the text.
+    #[arg(long, default_value = "text", value_name = "COLUMN")]
+    pub(crate) text: String,
+}
+
+#[derive(Debug, Args)]
+pub struct FinetuneArguments {
+    /// The checkpoint to start from, such as `runs/NAME/checkpoint`.
+    pub(crate) checkpoint: PathBuf,
+    #[command(flatten)]
+    pub(crate) documents: DocumentsArgument,
+    /// Tokens to train on at most, such as `250k`; stops early when the held-out loss no longer falls.
+    #[arg(long, default_value = "1M", value_parser = count)]
+    pub(crate) tokens: u64,
+    /// Folder of the new checkpoint.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Seed of the order of the documents.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgument,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn count(text: &str) -> Result<u64, String> {
+    let value = trommel_spec::count::Count::parse(text).map(|c| c.0).filter(|&n| n > 0);
+    value.ok_or_else(|| "a whole number above 0, such as `250000`, `250k` or `20M`".into())
+}
+
+#[derive(Debug, Args)]
+pub struct EvalArguments {
+    /// The checkpoint.
+    pub(crate) checkpoint: PathBuf,
+    #[command(flatten)]
+    pub(crate) documents: DocumentsArgument,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgument,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArguments {
+    /// The checkpoint.
+    pub(crate) checkpoint: PathBuf,
+    /// The text to continue.
+    #[arg(long, default_value = "")]
+    pub(crate) prompt: String,
+    /// Tokens to add at most.
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    pub(crate) max_tokens: usize,
+    /// 0 takes the likeliest token, 1 follows the model.
+    #[arg(long, default_value_t = 0.8, value_parser = temperature)]
+    pub(crate) temperature: f64,
+    /// Choose among this many of the likeliest tokens only.
+    #[arg(long, value_name = "N")]
+    pub(crate) top_k: Option<usize>,
+    /// Seed of the choices.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgument,
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|t: &f64| t.is_finite() && *t >= 0.0).ok_or_else(|| "a number of at least 0".into())
+}
+
+#[derive(Debug, Args)]
+pub struct DistillArguments {
+    /// Folder of a sentence-transformers model of the BERT family.
+    pub(crate) encoder: PathBuf,
+    /// Folder of the new table; use it as `embed.model`.
+    pub(crate) out: PathBuf,
+    /// Length of a vector.
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub(crate) dimensions: usize,
+}
+
+#[derive(Debug, Args)]
+pub struct SchemaArguments {
+    /// Which file format.
+    #[arg(value_enum, default_value_t = SchemaKind::Pipeline)]
+    pub(crate) kind: SchemaKind,
+}
+
+/// The file formats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SchemaKind {
+    /// What `trommel run` reads.
+    Pipeline,
+    /// What `trommel train` reads.
+    Training,
+}

@@ -1,0 +1,90 @@
+//! `trommel sql`: one query, or a prompt.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use datafusion::arrow::array::RecordBatch;
+use datafusion::arrow::csv::WriterBuilder;
+use datafusion::arrow::json::ArrayWriter;
+use datafusion::arrow::util::pretty::pretty_format_batches;
+use datafusion::parquet::arrow::ArrowWriter;
+use datafusion::prelude::{SessionConfig, SessionContext};
+use rustyline::DefaultEditor;
+use rustyline::error::ReadlineError;
+use trommel_pipeline::{catalog, engine};
+
+use crate::args::{Format, SqlArguments};
+
+/// Runs the command.
+pub fn run(arguments: &SqlArguments) -> anyhow::Result<()> {
+    let run_dir: PathBuf = if arguments.run.is_file() {
+        crate::pipeline::load(&arguments.run, &[], None)?.run_dir
+    } else {
+        arguments.run.clone()
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let session = SessionContext::new_with_config(SessionConfig::new().with_information_schema(true));
+    runtime.block_on(catalog::register(&session, &run_dir))?;
+    let query = |sql: &str| -> anyhow::Result<Vec<RecordBatch>> {
+        let rows = runtime.block_on(async { session.sql(sql).await?.collect().await });
+        Ok(rows.map_err(engine::query_error)?)
+    };
+    match &arguments.query {
+        Some(sql) => print(&query(sql)?, arguments.format),
+        None => prompt(arguments.format, query),
+    }
+}
+
+fn print(rows: &[RecordBatch], format: Format) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    match format {
+        Format::Table => writeln!(out, "{}", pretty_format_batches(rows)?)?,
+        Format::Csv => {
+            let mut writer = WriterBuilder::new().build(&mut out);
+            rows.iter().try_for_each(|batch| writer.write(batch)).context("CSV holds plain columns only: select a list or a struct part by part")?;
+        }
+        Format::Json => {
+            let mut writer = ArrayWriter::new(&mut out);
+            writer.write_batches(&rows.iter().collect::<Vec<_>>())?;
+            writer.finish()?;
+            writeln!(out)?;
+        }
+        Format::Parquet => {
+            let Some(first) = rows.first() else { bail!("the query has no columns to write") };
+            let mut writer = ArrowWriter::try_new(Vec::new(), first.schema(), None)?;
+            rows.iter().try_for_each(|batch| writer.write(batch))?;
+            out.write_all(&writer.into_inner()?)?;
+        }
+    }
+    Ok(())
+}
+
+fn prompt(format: Format, query: impl Fn(&str) -> anyhow::Result<Vec<RecordBatch>>) -> anyhow::Result<()> {
+    eprintln!("End a query with `;`. `SHOW TABLES;` lists the tables; Ctrl-D leaves.");
+    let mut editor = DefaultEditor::new()?;
+    let mut text = String::new();
+    loop {
+        match editor.readline(if text.is_empty() { "trommel> " } else { "      -> " }) {
+            Ok(line) => {
+                text.push_str(&line);
+                text.push('\n');
+            }
+            Err(ReadlineError::Interrupted) => {
+                text.clear();
+                continue;
+            }
+            Err(ReadlineError::Eof) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+        if text.trim().is_empty() {
+            text.clear();
+        } else if let Some(sql) = text.trim().strip_suffix(';') {
+            editor.add_history_entry(text.trim())?;
+            if let Err(error) = query(sql).and_then(|rows| print(&rows, format)) {
+                eprintln!("error: {error:#}");
+            }
+            text.clear();
+        }
+    }
+}

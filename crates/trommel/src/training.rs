@@ -1,0 +1,125 @@
+//! `trommel train`, `finetune`, `eval`, `generate` and `distill-embedder`.
+
+use std::io::Write;
+use std::path::Path;
+
+use serde::Serialize;
+use trommel_core::error::{Error, Result};
+use trommel_core::manifest::Manifest;
+use trommel_core::progress::Interrupt;
+use trommel_pipeline::source::read_texts;
+use trommel_spec::pipeline::Schedule;
+use trommel_spec::plan::{self, Source};
+use trommel_spec::training::Training;
+use trommel_spec::validate;
+use trommel_trainer::finetune::{FinetunePlan, Start};
+use trommel_trainer::generate::Sampling;
+use trommel_trainer::model::{Config, preset};
+use trommel_trainer::pretrain::PretrainPlan;
+use trommel_trainer::recipe::{self, Recipe};
+use trommel_trainer::{checkpoint, device};
+
+use crate::args::{DistillArguments, DocumentsArgument, EvalArguments, FinetuneArguments, GenerateArguments, TrainArguments};
+use crate::compare::split;
+use crate::pipeline::Mistakes;
+use crate::progress;
+
+/// Pretrains a model on a folder of shards.
+pub fn train(arguments: &TrainArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
+    let document = plan::read(&arguments.training, &arguments.overlays).map_err(Mistakes)?;
+    let training: Training = validate::read(&document).map_err(Mistakes)?;
+    let device = device::parse(&arguments.device.device)?;
+    let context = training.context as usize;
+    let vocab = Manifest::read(&training.shards)?.vocab as usize;
+    let model = Config { context, ..preset(&training.model, vocab).map_err(|e| e.file(arguments.training.display()))? };
+    let schedule = match training.schedule {
+        Schedule::Cosine => recipe::Schedule::Cosine,
+        Schedule::Wsd => recipe::Schedule::Wsd,
+    };
+    let plan = PretrainPlan {
+        recipe: Recipe { schedule, ..Recipe::pretraining(&model, training.tokens.0) },
+        model,
+        context,
+        tokens: training.tokens.0,
+        seed: training.seed,
+        out: training.out.unwrap_or_else(|| Path::new("runs").join(&training.name)),
+        shards: training.shards,
+    };
+    let report = trommel_trainer::pretrain::pretrain(&plan, &device, &*progress::for_stderr(), interrupt)?;
+    print(&report, arguments.json)
+}
+
+/// Fine-tunes a checkpoint.
+pub fn finetune(arguments: &FinetuneArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
+    let device = device::parse(&arguments.device.device)?;
+    let (train, validation) = split(&source(&arguments.documents)?, arguments.seed)?;
+    let config = checkpoint::read_model(&arguments.checkpoint)?.config;
+    let plan = FinetunePlan {
+        start: Start::Checkpoint(arguments.checkpoint.clone()),
+        train,
+        validation,
+        tokenizer: checkpoint::tokenizer(&arguments.checkpoint),
+        context: config.context,
+        tokens: arguments.tokens,
+        recipe: Recipe::finetuning(&config, arguments.tokens),
+        seed: arguments.seed,
+        patience: 4,
+        out: arguments.out.clone(),
+    };
+    let report = trommel_trainer::finetune::finetune(&plan, &device, &*progress::for_stderr(), interrupt)?;
+    print(&report, arguments.json)
+}
+
+/// Evaluates a checkpoint.
+pub fn eval(arguments: &EvalArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
+    let device = device::parse(&arguments.device.device)?;
+    let documents = read_texts(&source(&arguments.documents)?)?;
+    let context = checkpoint::read_model(&arguments.checkpoint)?.config.context;
+    let progress = progress::for_stderr();
+    let report = trommel_trainer::evaluate::evaluate(&arguments.checkpoint, &documents, context, &device, &*progress, interrupt)?;
+    print(&report, arguments.json)
+}
+
+/// Continues a text.
+pub fn generate(arguments: &GenerateArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
+    let device = device::parse(&arguments.device.device)?;
+    let sampling = Sampling {
+        max_tokens: arguments.max_tokens,
+        temperature: arguments.temperature,
+        top_k: arguments.top_k,
+        seed: arguments.seed,
+    };
+    let text = trommel_trainer::generate::generate(&arguments.checkpoint, &arguments.prompt, &sampling, &device, interrupt)?;
+    writeln!(std::io::stdout(), "{}{text}", arguments.prompt)?;
+    Ok(())
+}
+
+/// Makes a static embedding table.
+pub fn distill_embedder(arguments: &DistillArguments) -> anyhow::Result<()> {
+    let progress = progress::for_stderr();
+    let made = trommel_embed::distill::distill(&arguments.encoder, &arguments.out, arguments.dimensions, &*progress)?;
+    let share = made.explained_variance * 100.0;
+    let size = bytesize::ByteSize(made.bytes).display().si();
+    writeln!(std::io::stdout(), "{} tokens x {} dimensions, {share:.1}% of the variance, {size}", made.tokens, made.dimensions)?;
+    Ok(())
+}
+
+fn source(argument: &DocumentsArgument) -> Result<Source> {
+    let files = plan::find(&argument.documents).map_err(|(message, hint)| Error::config(message).hint(hint))?;
+    Ok(Source { name: argument.documents.clone(), files, text: argument.text.clone(), id: None })
+}
+
+/// Prints a report as JSON, or as a line per figure.
+fn print(report: &impl Serialize, json: bool) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    let value = serde_json::to_value(report)?;
+    if json {
+        writeln!(out, "{value}")?;
+        return Ok(());
+    }
+    for (name, value) in value.as_object().into_iter().flatten() {
+        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        writeln!(out, "{:<18} {value}", name.replace('_', " "))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,189 @@
+//! Broken inputs: each has a clear error and leaves nothing half-written.
+
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+
+use arrow::array::{Int64Array, StringArray};
+
+use crate::bench::{Bench, corpus, text, unfinished};
+
+/// Runs `p.yaml` after `break_it`, and expects a failure with all of `said`; then nothing is half-written.
+fn refuses(code: i32, said: &[&str], break_it: impl FnOnce(&Bench) -> Vec<String>) {
+    let bench = Bench::new();
+    let more = break_it(&bench);
+    let more: Vec<&str> = more.iter().map(String::as_str).collect();
+    let called = bench.call(&[&["run", "p.yaml", "--until", "shard"], &more[..]].concat());
+    assert_eq!(called.code, code, "{}", called.stderr);
+    for part in said {
+        assert!(called.stderr.contains(part), "`{part}` is not in:\n{}", called.stderr);
+    }
+    assert!(called.stderr.contains("hint: "), "{}", called.stderr);
+    assert!(unfinished(&bench.path("runs")).is_empty());
+    assert!(!bench.path("runs/small/shards/music/manifest.json").exists());
+}
+
+fn set(overlays: &[&str]) -> Vec<String> {
+    overlays.iter().flat_map(|o| ["--set".to_owned(), o.to_string()]).collect()
+}
+
+#[test]
+fn an_unknown_key_names_the_nearest() {
+    refuses(2, &["p.yaml", "unknown key `tokns`", "did you mean `tokens`?"], |_| set(&["resample.tokns=5"]));
+}
+
+#[test]
+fn a_missing_column_lists_the_others() {
+    refuses(1, &["bad.parquet", "there is no column `text`", "`body`"], |bench| {
+        bench.write_parquet("corpus/bad.parquet", &[("body", Arc::new(StringArray::from(vec!["a"])))]);
+        vec![]
+    });
+}
+
+#[test]
+fn a_column_of_numbers_is_no_text() {
+    refuses(1, &["bad.parquet", "the column `text` holds Int64, not text", "`other`"], |bench| {
+        let columns: [(&str, arrow::array::ArrayRef); 2] =
+            [("text", Arc::new(Int64Array::from(vec![1]))), ("other", Arc::new(StringArray::from(vec!["a"])))];
+        bench.write_parquet("corpus/bad.parquet", &columns);
+        vec![]
+    });
+}
+
+#[test]
+fn an_empty_corpus_and_an_empty_domain() {
+    refuses(1, &["the corpus holds no text"], |bench| {
+        bench.write("corpus/all.jsonl", "");
+        vec![]
+    });
+    refuses(1, &["the domain `music` holds no text"], |bench| {
+        bench.write("music/train.jsonl", "\n\n");
+        vec![]
+    });
+    refuses(2, &["p.yaml:3:18", "`corpus` holds no readable file"], |bench| {
+        std::fs::remove_file(bench.path("corpus/all.jsonl")).unwrap();
+        vec![]
+    });
+}
+
+#[test]
+fn a_truncated_parquet_file_and_one_with_wrong_magic() {
+    refuses(1, &["cut.parquet", "not a whole Parquet file"], |bench| {
+        bench.write_texts("corpus/cut.parquet", &corpus());
+        let whole = std::fs::read(bench.path("corpus/cut.parquet")).unwrap();
+        bench.write("corpus/cut.parquet", &whole[..whole.len() / 2]);
+        vec![]
+    });
+    refuses(1, &["magic.parquet", "not a whole Parquet file"], |bench| {
+        bench.write("corpus/magic.parquet", "this is no Parquet file at all");
+        vec![]
+    });
+    refuses(1, &["torn.parquet", "stage `embed`"], |bench| {
+        bench.write_texts("corpus/torn.parquet", &corpus());
+        let mut torn = std::fs::read(bench.path("corpus/torn.parquet")).unwrap();
+        let middle = torn.len() / 3;
+        torn[middle..middle + 400].fill(0xA5);
+        bench.write("corpus/torn.parquet", torn);
+        vec![]
+    });
+}
+
+#[test]
+fn bad_lines_are_listed_and_too_many_of_them_stop_the_run() {
+    let bench = Bench::new();
+    bench.write("corpus/bad.jsonl", b"{\"text\": \"a good one\"}\nno json\n{\"text\": \"\xff\xfe\"}\n{\"text\": null}\n{\"text\": \"\"}\n");
+    let called = bench.call(&["run", "p.yaml"]);
+    assert_eq!(called.code, 0, "{}", called.stderr);
+    assert!(called.stderr.contains("4 rows of `corpus` cannot be used"), "{}", called.stderr);
+    let listed = bench.query("SELECT \"row\", reason FROM rejects ORDER BY \"row\"");
+    let listed: Vec<String> = listed.iter().map(|r| format!("{} {}", r["row"], r["reason"].as_str().unwrap())).collect();
+    assert_eq!(
+        listed,
+        [
+            "1 line 2: not a JSON object: expected ident at line 1 column 2",
+            "2 line 3: invalid UTF-8 at byte 11",
+            "3 the text is null",
+            "4 the text is empty",
+        ]
+    );
+    refuses(1, &["rows of `corpus` cannot be used", "bad.jsonl", "line 1: not a JSON object", "1.00% are allowed"], |bench| {
+        bench.write("corpus/bad.jsonl", "no json\n".repeat(50));
+        vec![]
+    });
+}
+
+#[test]
+fn more_clusters_than_windows() {
+    refuses(2, &["stage `cluster`", "5000 clusters need at least as many windows", "lower `cluster.k`"], |_| set(&["cluster.k=5000"]));
+}
+
+#[test]
+fn a_budget_that_the_corpus_cannot_meet() {
+    refuses(1, &["stage `resample`", "10M are asked for", "lower `resample.tokens`"], |_| {
+        set(&["resample.tokens=10M", "weigh.max_epochs=2"])
+    });
+}
+
+#[test]
+fn a_run_directory_that_cannot_be_written() {
+    refuses(1, &["cannot write", "--run-dir"], |bench| {
+        bench.write("blocked", "a file where a folder should be");
+        vec!["--run-dir".into(), "blocked/run".into()]
+    });
+}
+
+#[test]
+fn a_full_disk() {
+    // /dev/full accepts an open and refuses every write; a run directory cannot lie there, so the error's text is what
+    // is checked here, and a small file system in the log of the release.
+    let error = std::io::Error::from(std::io::ErrorKind::StorageFull);
+    let error = trommel_core::storage::write_error(std::path::Path::new("runs/x"), error);
+    assert!(error.to_string().contains("free some space"), "{error}");
+}
+
+#[test]
+fn two_runs_of_one_directory() {
+    let bench = Bench::new();
+    std::fs::create_dir_all(bench.path("runs/small")).unwrap();
+    let lock = std::fs::File::create(bench.path("runs/small/.lock")).unwrap();
+    lock.lock().unwrap();
+    let called = bench.call(&["run", "p.yaml"]);
+    assert_eq!(called.code, 1);
+    assert!(called.stderr.contains("another `trommel run` is working in this directory"), "{}", called.stderr);
+    drop(lock);
+    assert_eq!(bench.call(&["run", "p.yaml", "--until", "windows"]).code, 0);
+}
+
+#[test]
+fn a_model_folder_of_the_wrong_architecture() {
+    refuses(2, &["LlamaForCausalLM"], |bench| {
+        bench.write("model/config.json", r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}"#);
+        set(&["embed.model=model"])
+    });
+    refuses(2, &["p.yaml", "`nowhere` is not a folder"], |_| set(&["embed.model=nowhere"]));
+}
+
+#[test]
+fn a_single_document_of_200_megabytes() {
+    let bench = Bench::new();
+    let paragraph = text(1, 5, 400) + "\n";
+    bench.write_lines("corpus/long.jsonl", &[paragraph.repeat(200_000_000 / paragraph.len())]);
+    let called = bench.call(&["run", "p.yaml", "--set", "windows.bytes=4096", "--until", "assign"]);
+    assert_eq!(called.code, 0, "{}", called.stderr);
+    let windows = &bench.query("SELECT count(*) AS n, max(byte_len) AS longest FROM windows WHERE file LIKE '%long%'")[0];
+    assert!(windows["n"].as_u64().unwrap() > 48_000 && windows["longest"].as_u64().unwrap() <= 4096, "{windows}");
+}
+
+#[test]
+fn a_folder_without_permission() {
+    // The superuser may write everywhere, so this needs a user who may not.
+    let bench = Bench::new();
+    std::fs::create_dir(bench.path("closed")).unwrap();
+    std::fs::set_permissions(bench.path("closed"), std::fs::Permissions::from_mode(0o500)).unwrap();
+    if std::fs::write(bench.path("closed/probe"), "").is_ok() {
+        std::fs::remove_file(bench.path("closed/probe")).unwrap();
+    } else {
+        let called = bench.call(&["run", "p.yaml", "--run-dir", "closed/run"]);
+        assert!(called.code == 1 && called.stderr.contains("make the directory writable"), "{}", called.stderr);
+    }
+    std::fs::set_permissions(bench.path("closed"), std::fs::Permissions::from_mode(0o700)).unwrap();
+}

@@ -1,0 +1,16 @@
+//! The outer tests: the `trommel` command as its users meet it. One binary, a fresh directory per test.
+
+/// A directory with a small corpus and a pipeline file, and the command that runs in it.
+mod bench;
+/// Equal plans give equal bytes: at any thread count, any split of the corpus, after any number of kills.
+mod determinism;
+/// Files that are made from the code, and files that must pass it.
+mod generated;
+/// Broken inputs: each has a clear error and leaves nothing half-written.
+mod hostile;
+/// What `crates/README.md` promises of the crates.
+mod invariants;
+/// The tables of a run directory, as SQL sees them.
+mod tables;
+/// Training, fine-tuning, evaluation and generation from the command line.
+mod training;

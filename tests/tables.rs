@@ -1,0 +1,89 @@
+//! The tables of a run directory, as SQL sees them.
+
+use crate::bench::Bench;
+
+/// Table and columns of the contract, in `DESIGN.md`.
+const CONTRACT: [(&str, &str); 9] = [
+    ("corpus", "text, file, \"row\""),
+    ("domains", "text, file, \"row\", domain, split"),
+    ("assignments", "document, window, file, \"row\", byte_start, byte_len, cluster_id, distance, source"),
+    ("clusters", "cluster_id, parent_id, level, windows, bytes, centroid, mean_distance, top_terms"),
+    ("histograms", "domain, cluster_id, windows, bytes, share"),
+    ("weights", "domain, cluster_id, p_domain, p_corpus, weight, expected_draws, epochs"),
+    (
+        "diagnostics",
+        "domain, kl_before, kl_after, ess, ess_share, lost_mass, repeat_share, max_epochs, entropy, top_cluster_share",
+    ),
+    ("shards", "domain, shard, path, rows, tokens, bytes, checksum"),
+    ("rejects", "file, \"row\", stage, reason"),
+];
+
+#[test]
+fn every_table_of_the_contract_is_there_and_adds_up() {
+    let bench = Bench::new();
+    let called = bench.call(&["run", "p.yaml"]);
+    assert_eq!(called.code, 0, "{}", called.stderr);
+    for (table, columns) in CONTRACT {
+        bench.query(&format!("SELECT {columns} FROM {table} LIMIT 1"));
+    }
+    let number = |sql: &str| bench.query(sql)[0]["n"].as_f64().unwrap();
+
+    for (sql, expected) in [
+        ("SELECT count(*) AS n FROM corpus", 600.0),
+        ("SELECT count(*) AS n FROM domains WHERE split = 'test'", 16.0),
+        ("SELECT count(DISTINCT document) AS n FROM assignments WHERE source = 'corpus'", 600.0),
+        ("SELECT sum(windows) AS n FROM clusters", number("SELECT count(*) AS n FROM assignments WHERE source = 'corpus'")),
+        ("SELECT sum(share) AS n FROM histograms", 3.0),
+        ("SELECT sum(p_domain) AS n FROM weights WHERE domain = 'music'", 1.0),
+        ("SELECT max(abs(weight - p_domain / p_corpus)) AS n FROM weights WHERE p_corpus > 0", 0.0),
+        ("SELECT max(abs(w.epochs * h.windows - w.expected_draws)) AS n FROM weights w JOIN histograms h ON h.cluster_id = w.cluster_id AND h.domain = 'corpus'", 0.0),
+    ] {
+        let found = number(sql);
+        assert!((found - expected).abs() < 1e-9, "{found} for {sql}");
+    }
+    // The draws look like the domain: the divergence falls by an order of magnitude.
+    for row in bench.query("SELECT domain, kl_before, kl_after, lost_mass FROM diagnostics") {
+        let (before, after) = (row["kl_before"].as_f64().unwrap(), row["kl_after"].as_f64().unwrap());
+        assert!(before > 0.3 && after < before / 10.0, "{row}");
+        assert_eq!(row["lost_mass"], 0.0);
+    }
+    // Each window's text lies where its columns say.
+    let sql = "SELECT count(*) AS n FROM assignments a JOIN corpus c ON a.file LIKE '%all.jsonl' AND c.\"row\" = a.\"row\" \
+               WHERE a.source = 'corpus' AND a.byte_start + a.byte_len <= octet_length(c.text)";
+    assert_eq!(number(sql), number("SELECT count(*) AS n FROM assignments WHERE source = 'corpus'"));
+}
+
+#[test]
+fn the_budget_is_met_within_one_window() {
+    let bench = Bench::new();
+    assert_eq!(bench.call(&["run", "p.yaml"]).code, 0);
+    let shards = bench.query("SELECT domain, sum(tokens) AS tokens, count(*) AS shards FROM shards GROUP BY domain ORDER BY domain");
+    assert_eq!(shards.len(), 2);
+    for row in shards {
+        let tokens = row["tokens"].as_u64().unwrap();
+        // A window of 512 bytes has at most 512 tokens.
+        assert!((20_000..20_512).contains(&tokens), "{row}");
+        assert!(row["shards"].as_u64().unwrap() >= 2, "{row}");
+    }
+}
+
+#[test]
+fn sql_prints_tables_csv_json_and_parquet_and_names_mistakes() {
+    let bench = Bench::new();
+    assert_eq!(bench.call(&["run", "p.yaml", "--until", "histogram"]).code, 0);
+    let sql = "SELECT domain, sum(windows) AS windows FROM histograms GROUP BY domain ORDER BY domain LIMIT 1";
+    let shown = |format: &str| bench.call(&["sql", "p.yaml", "-c", sql, "--format", format]).stdout;
+    assert!(shown("table").contains("| domain | windows |"), "{}", shown("table"));
+    assert!(shown("csv").starts_with("domain,windows\ncorpus,"));
+    assert!(shown("json").starts_with(r#"[{"domain":"corpus","windows":"#));
+    let parquet = bench.command(&["sql", "p.yaml", "-c", sql, "--format", "parquet"]).output().unwrap().stdout;
+    assert!(parquet.starts_with(b"PAR1") && parquet.ends_with(b"PAR1"));
+    // Stages that have not run give empty tables.
+    assert!(bench.query("SELECT * FROM diagnostics").is_empty());
+    let wrong = bench.call(&["sql", "p.yaml", "-c", "SELECT weight FROM histograms"]);
+    assert_eq!(wrong.code, 1);
+    assert!(wrong.stderr.contains("weight"), "{}", wrong.stderr);
+    let nowhere = bench.call(&["sql", "nowhere", "-c", "SELECT 1"]);
+    assert_eq!(nowhere.code, 2);
+    assert!(nowhere.stderr.contains("not a run directory"), "{}", nowhere.stderr);
+}
