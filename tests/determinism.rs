@@ -59,7 +59,9 @@ fn a_killed_run_ends_like_an_undisturbed_one() {
 fn an_interrupt_keeps_what_is_finished() {
     let bench = Bench::new();
     let mut child = bench.command(&["run", "p.yaml"]).spawn().unwrap();
-    sleep(Duration::from_millis(60));
+    while !bench.path("runs/small/windows").exists() {
+        sleep(Duration::from_millis(1));
+    }
     let killed = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(killed.success());
     let code = child.wait().unwrap().code();
@@ -71,8 +73,14 @@ fn an_interrupt_keeps_what_is_finished() {
 #[test]
 fn hierarchical_clusters_and_options_are_deterministic_too() {
     let bench = Bench::new();
-    let options =
-        ["--set", "cluster.k=", "--set", "cluster={levels: [3, 3]}", "--set", "weigh={smoothing: 0.5, temperature: 2, max_epochs: 3}"];
+    let options = [
+        "--set",
+        "cluster.k=",
+        "--set",
+        "cluster={levels: [3, 3]}",
+        "--set",
+        "weigh={smoothing: 0.5, temperature: 2, max_epochs: 3}",
+    ];
     let run = |threads: &str, dir: &str| bench.checksums(&[&options[..], &["--threads", threads, "--run-dir", dir]].concat());
     assert_eq!(run("1", "a"), run("2", "b"));
 }

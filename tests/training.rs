@@ -4,8 +4,7 @@ use serde_json::Value;
 
 use crate::bench::Bench;
 
-const TRAIN: [&str; 4] =
-    ["--set", "train={model: slm-1m, context: 64, tokens: 6k}", "--set", "finetune={tokens: 3k}"];
+const TRAIN: [&str; 4] = ["--set", "train={model: slm-1m, context: 64, tokens: 6k}", "--set", "finetune={tokens: 3k}"];
 
 fn results(bench: &Bench, more: &[&str]) -> Value {
     bench.call(&[&["run", "p.yaml", "--json"], &TRAIN[..], more].concat()).json()

@@ -18,15 +18,16 @@ fn schema(fields: Vec<Field>) -> SchemaRef {
 pub const CORPUS: &str = "corpus";
 
 /// The columns that say which window a row is and where its text lies; shared by `windows`, `embeddings` and
-/// `assignments`. `byte_start` and `byte_len` are UTF-8 bytes within the document's text.
+/// `assignments`. `byte_start` and `byte_len` are UTF-8 bytes within the document's text. Numbers that people calculate with
+/// are signed, because SQL engines turn sums of mixed signs into decimals.
 fn window_fields() -> Vec<Field> {
     vec![
         field("document", DataType::Utf8),
         field("window", DataType::UInt32),
         field("file", DataType::Utf8),
-        field("row", DataType::UInt64),
-        field("byte_start", DataType::UInt64),
-        field("byte_len", DataType::UInt32),
+        field("row", DataType::Int64),
+        field("byte_start", DataType::Int64),
+        field("byte_len", DataType::Int32),
     ]
 }
 
@@ -48,7 +49,8 @@ pub fn embeddings(dimensions: usize) -> SchemaRef {
 
 /// `assignments`: the cluster of each window. `distance` is the Euclidean distance to the centroid.
 pub fn assignments() -> SchemaRef {
-    let tail = vec![field("cluster_id", DataType::UInt32), field("distance", DataType::Float32), field("source", DataType::Utf8)];
+    let tail =
+        vec![field("cluster_id", DataType::UInt32), field("distance", DataType::Float32), field("source", DataType::Utf8)];
     schema([window_fields(), tail].concat())
 }
 
@@ -56,7 +58,7 @@ pub fn assignments() -> SchemaRef {
 pub fn rejects() -> SchemaRef {
     schema(vec![
         field("file", DataType::Utf8),
-        field("row", DataType::UInt64),
+        field("row", DataType::Int64),
         field("stage", DataType::Utf8),
         field("reason", DataType::Utf8),
     ])

@@ -18,7 +18,8 @@ impl AtomicFile {
     pub fn create(path: &Path) -> Result<AtomicFile> {
         let folder = folder_of(path);
         create_folder(folder)?;
-        let temporary = tempfile::Builder::new().prefix(TEMPORARY_PREFIX).tempfile_in(folder).map_err(|e| write_error(path, e))?;
+        let temporary =
+            tempfile::Builder::new().prefix(TEMPORARY_PREFIX).tempfile_in(folder).map_err(|e| write_error(path, e))?;
         Ok(AtomicFile { path: path.to_owned(), temporary })
     }
 

@@ -16,9 +16,7 @@ fn main() -> Result<()> {
     let lines = std::fs::read_to_string(path).map_err(|e| Error::data("cannot read the texts").file(path).source(e))?;
     let texts: Vec<String> = lines
         .lines()
-        .map(|line| {
-            Ok(serde_json::from_str::<serde_json::Value>(line)?["text"].as_str().unwrap_or_default().to_string())
-        })
+        .map(|line| Ok(serde_json::from_str::<serde_json::Value>(line)?["text"].as_str().unwrap_or_default().to_string()))
         .collect::<serde_json::Result<_>>()
         .map_err(|e| Error::data("not JSON Lines").file(path).source(e))?;
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();

@@ -52,8 +52,7 @@ impl Bert {
         let read = Reader { tensors, config, prefix };
         let hidden = config.hidden_size;
         let types = read.floats("embeddings.token_type_embeddings.weight", &[config.type_vocab_size, hidden])?;
-        let mut positions =
-            read.floats("embeddings.position_embeddings.weight", &[config.max_position_embeddings, hidden])?;
+        let mut positions = read.floats("embeddings.position_embeddings.weight", &[config.max_position_embeddings, hidden])?;
         for row in positions.chunks_exact_mut(hidden) {
             row.iter_mut().zip(&types).for_each(|(position, kind)| *position += kind);
         }

@@ -58,14 +58,11 @@ pub struct Distilled {
 /// `encoder`. Equal inputs give equal bytes.
 pub fn distill(encoder: &Path, output: &Path, dimensions: usize, progress: &dyn Progress) -> Result<Distilled> {
     if output.join("config.json").exists() {
-        return Err(Error::config("the output folder holds another model")
-            .file(output.display())
-            .hint("name a new folder"));
+        return Err(Error::config("the output folder holds another model").file(output.display()).hint("name a new folder"));
     }
     let model = SentenceEncoder::read(encoder)?;
     if !(1..=model.dimensions()).contains(&dimensions) {
-        let message =
-            format!("`dimensions` is {dimensions}, possible is 1 to {}, the encoder's own", model.dimensions());
+        let message = format!("`dimensions` is {dimensions}, possible is 1 to {}, the encoder's own", model.dimensions());
         return Err(Error::config(message));
     }
     let vocabulary = Vocabulary::of(&model).map_err(|e| e.file(encoder.join(TOKENIZER).display()))?;
@@ -109,18 +106,15 @@ impl Vocabulary {
         let tokenizer = model.tokenizer();
         let damaged = |e| Error::data("the tokenizer cannot be written").source(e);
         let text = tokenizer.to_string(false).map_err(damaged)?;
-        let mut json: Value =
-            serde_json::from_str(&text).map_err(|e| Error::internal("the tokenizer is no JSON").source(e))?;
+        let mut json: Value = serde_json::from_str(&text).map_err(|e| Error::internal("the tokenizer is no JSON").source(e))?;
         if json["model"]["type"] != "WordPiece" {
             let message = format!("the tokenizer's model is {}, supported is \"WordPiece\"", json["model"]["type"]);
             return Err(Error::config(message));
         }
         let unknown = unknown_token(tokenizer);
         let special = tokenizer.get_added_tokens_decoder();
-        let mut tokens: Vec<(u32, String)> =
-            tokenizer.get_vocab(true).into_iter().map(|(token, id)| (id, token)).collect();
-        tokens
-            .retain(|(id, token)| Some(*id) == unknown || !(special.contains_key(id) || token.starts_with("[unused")));
+        let mut tokens: Vec<(u32, String)> = tokenizer.get_vocab(true).into_iter().map(|(token, id)| (id, token)).collect();
+        tokens.retain(|(id, token)| Some(*id) == unknown || !(special.contains_key(id) || token.starts_with("[unused")));
         tokens.sort();
         let is_word = |(_, token): &(u32, String)| token.chars().count() > 1 && !token.starts_with(['[', '#']);
         let vocabulary: Map<String, Value> =

@@ -44,9 +44,8 @@ impl BertConfig {
     pub(crate) fn read(folder: &mut ModelFolder) -> Result<Self> {
         let value: Value = folder.read_json(CONFIG)?;
         let path = folder.file(CONFIG);
-        let damaged = |e: serde_json::Error| {
-            Error::data("the model's configuration is incomplete").file(path.display()).source(e)
-        };
+        let damaged =
+            |e: serde_json::Error| Error::data("the model's configuration is incomplete").file(path.display()).source(e);
         let Architecture { model_type, architectures } = Architecture::deserialize(&value).map_err(damaged)?;
         if model_type != "bert" || architectures.iter().any(|a| !a.starts_with("Bert")) {
             let found = format!("`model_type` `{model_type}`, `architectures` [{}]", architectures.join(", "));
@@ -80,9 +79,7 @@ impl BertConfig {
         }
         let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
         if !hidden.is_multiple_of(heads) {
-            return Err(Error::config(format!(
-                "`hidden_size` {hidden} is not a multiple of `num_attention_heads` {heads}"
-            )));
+            return Err(Error::config(format!("`hidden_size` {hidden} is not a multiple of `num_attention_heads` {heads}")));
         }
         Ok(())
     }
@@ -107,8 +104,7 @@ impl TextConfig {
         if (3..=positions).contains(&found) {
             return Ok(config);
         }
-        let message =
-            format!("`max_seq_length` is {found}, possible is 3 to {positions}, the `max_position_embeddings`");
+        let message = format!("`max_seq_length` is {found}, possible is 3 to {positions}, the `max_position_embeddings`");
         Err(Error::config(message).file(folder.file(name).display()))
     }
 }

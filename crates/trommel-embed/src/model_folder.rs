@@ -40,9 +40,7 @@ impl ModelFolder {
     pub(crate) fn read(&mut self, name: &str) -> Result<Vec<u8>> {
         let path = self.file(name);
         let bytes = fs::read(&path).map_err(|e| match e.kind() {
-            ErrorKind::NotFound => {
-                Error::config("the model folder lacks this file").file(path.display()).hint(MODEL_HINT)
-            }
+            ErrorKind::NotFound => Error::config("the model folder lacks this file").file(path.display()).hint(MODEL_HINT),
             _ => Error::system("cannot read the file").file(path.display()).source(e),
         })?;
         self.remember(name, &bytes);
@@ -127,8 +125,7 @@ impl<'a> Tensors<'a> {
             return Ok(view);
         }
         let found = format!("{:?} {:?}", view.dtype(), view.shape());
-        Err(Error::data(format!("the tensor `{name}` is {found}, expected {dtype:?} {shape:?}"))
-            .file(self.path.display()))
+        Err(Error::data(format!("the tensor `{name}` is {found}, expected {dtype:?} {shape:?}")).file(self.path.display()))
     }
 
     /// A tensor as f32, whatever floating type it has in the file.

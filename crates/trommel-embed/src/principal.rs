@@ -31,8 +31,7 @@ impl Principal {
         let mut directions = directions.slice(s![.., ..dimensions]).to_owned();
         directions.columns_mut().into_iter().for_each(|mut direction| {
             // A direction and its opposite serve equally; the one whose largest entry is positive is taken.
-            let largest =
-                direction.iter().fold(0.0_f64, |largest, x| if x.abs() > largest.abs() { *x } else { largest });
+            let largest = direction.iter().fold(0.0_f64, |largest, x| if x.abs() > largest.abs() { *x } else { largest });
             direction *= largest.signum();
         });
         Ok(Principal { mean, directions, deviations, explained })

@@ -36,9 +36,7 @@ impl SentenceEncoder {
         let mut tokenizer = folder.read_tokenizer()?;
         check_vocabulary(&tokenizer, &config).map_err(|e| e.file(folder.file(TOKENIZER).display()))?;
         let truncation = TruncationParams { max_length: text.max_seq_length, ..TruncationParams::default() };
-        tokenizer
-            .with_truncation(Some(truncation))
-            .map_err(|e| Error::data("the tokenizer cannot truncate").source(e))?;
+        tokenizer.with_truncation(Some(truncation)).map_err(|e| Error::data("the tokenizer cannot truncate").source(e))?;
         let weights = "model.safetensors";
         let bytes = folder.read(weights)?;
         let bert = Bert::from_tensors(&Tensors::parse(folder.file(weights), &bytes)?, &config)?;
@@ -71,8 +69,7 @@ impl SentenceEncoder {
         } else {
             text
         };
-        let encoding =
-            self.tokenizer.encode_fast(text, true).map_err(|e| Error::data("cannot tokenize a text").source(e))?;
+        let encoding = self.tokenizer.encode_fast(text, true).map_err(|e| Error::data("cannot tokenize a text").source(e))?;
         let ids = encoding.get_ids();
         let known = |(id, special): (&u32, &u32)| *special == 0 && Some(*id) != self.unknown;
         Ok(ids.iter().zip(encoding.get_special_tokens_mask()).any(known).then(|| ids.to_vec()))

@@ -109,8 +109,7 @@ impl StaticTable {
     }
 
     fn tokens(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding =
-            self.tokenizer.encode_fast(text, false).map_err(|e| Error::data("cannot tokenize a text").source(e))?;
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(|e| Error::data("cannot tokenize a text").source(e))?;
         Ok(encoding.get_ids().to_vec())
     }
 

@@ -1,6 +1,6 @@
 //! Causal attention within documents, for one sequence and all its heads, forward and backward.
 //!
-//! Queries are taken in blocks of [`BLOCK`]; a block meets only the keys that any of its queries may see, so neither the
+//! Queries are taken in blocks of `BLOCK`; a block meets only the keys that any of its queries may see, so neither the
 //! (time, time) matrix nor the masked upper half of it is ever formed. The backward pass forms each block again from the
 //! row sums that the forward pass kept. [Dao et al., arXiv 2205.14135, without the tiling over keys]
 //!

@@ -13,7 +13,7 @@
 //!                   +-------------------+
 //! ```
 //!
-//! Without AVX-512 the gemm crate multiplies with each panel. Sums run over blocks of [`DEPTH`] in order, whatever the
+//! Without AVX-512 the gemm crate multiplies with each panel. Sums run over blocks of `DEPTH` in order, whatever the
 //! number of rows, so a row's result does not depend on the rows beside it.
 
 use rayon::prelude::*;
@@ -25,7 +25,7 @@ const WIDTH: usize = 64;
 /// Rows of a panel that are used before the next panel: 64 KB, which the second cache holds beside the left operand.
 const DEPTH: usize = 256;
 
-/// A right operand, as panels of [`WIDTH`] columns; the last one is filled up with zeros.
+/// A right operand, as panels of 64 columns; the last one is filled up with zeros.
 #[derive(Debug, Default)]
 pub struct Panels {
     rows: usize,

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use arrow::array::{AsArray, RecordBatch, StringArray, UInt32Array, UInt64Array};
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef, UInt64Type};
+use arrow::array::{AsArray, Int64Array, RecordBatch, StringArray, UInt32Array};
+use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
 use datafusion::datasource::MemTable;
 use datafusion::prelude::{ParquetReadOptions, SessionContext};
 use serde::{Deserialize, Serialize};
@@ -57,13 +57,14 @@ pub fn write(plan: &Plan, outputs: &Outputs) -> Result<()> {
     add("weigh", &outputs.weights);
     add("rates", &outputs.rates);
     add("diagnostics", &outputs.diagnostics);
-    catalog.shards = outputs.shards.iter().map(|(_, folder)| relative(folder)).filter(|f| plan.run_dir.join(f).exists()).collect();
-    let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+    catalog.shards =
+        outputs.shards.iter().map(|(_, folder)| relative(folder)).filter(|f| plan.run_dir.join(f).exists()).collect();
+    let named = |path: &PathBuf| (path.display().to_string(), std::path::absolute(path).unwrap_or_else(|_| path.clone()));
     let mut origin = |source: &trommel_spec::plan::Source, split: Option<&str>| {
         catalog.documents.push(Origin {
             domain: (source.name != CORPUS).then(|| source.name.clone()),
             split: split.map(str::to_owned),
-            files: source.files.iter().map(absolute).collect(),
+            files: source.files.iter().map(named).collect(),
         });
     };
     origin(&plan.corpus, None);
@@ -83,7 +84,8 @@ pub async fn register(session: &SessionContext, run_dir: &Path) -> Result<()> {
         let error = Error::config("not a run directory").file(run_dir.display()).source(e);
         error.hint("name a directory that `trommel run` has made, such as `runs/NAME`")
     })?;
-    let catalog: Catalog = serde_json::from_slice(&text).map_err(|e| Error::data("the catalog is damaged").file(path.display()).source(e))?;
+    let catalog: Catalog =
+        serde_json::from_slice(&text).map_err(|e| Error::data("the catalog is damaged").file(path.display()).source(e))?;
     let at = |path: &Path| run_dir.join(path);
     for (table, files) in &catalog.tables {
         let paths: Vec<String> = files.iter().map(|f| at(f).display().to_string()).collect();
@@ -119,7 +121,7 @@ pub async fn register(session: &SessionContext, run_dir: &Path) -> Result<()> {
     let (corpus, domains): (Vec<Origin>, Vec<Origin>) = catalog.documents.into_iter().partition(|o| o.domain.is_none());
     for (table, origins) in [(CORPUS, corpus), ("domains", domains)] {
         // The sources may be gone; all other tables stand without them.
-        if origins.iter().flat_map(|o| &o.files).all(|f| f.is_file()) {
+        if origins.iter().flat_map(|o| &o.files).all(|(_, path)| path.is_file()) {
             session.register_table(table, Arc::new(documents_table(&origins)?)).map_err(query_error)?;
         }
     }
@@ -150,22 +152,32 @@ fn shards(run_dir: &Path, catalog: &Catalog) -> Result<RecordBatch> {
         // A folder without a manifest is not finished.
         if folder.join(Manifest::FILE).exists() {
             let manifest = Manifest::read(&folder)?;
-            rows.extend(manifest.shards.into_iter().map(|s| (manifest.domain.clone(), folder.join(&s.path).display().to_string(), s)));
+            rows.extend(
+                manifest.shards.into_iter().map(|s| (manifest.domain.clone(), folder.join(&s.path).display().to_string(), s)),
+            );
         }
     }
-    let count = |name: &str| Field::new(name, DataType::UInt64, false);
+    let count = |name: &str| Field::new(name, DataType::Int64, false);
     let text = |name: &str| Field::new(name, DataType::Utf8, false);
     let shard = Field::new("shard", DataType::UInt32, false);
-    let schema = Schema::new(vec![text("domain"), shard, text("path"), count("rows"), count("tokens"), count("bytes"), text("checksum")]);
+    let schema = Schema::new(vec![
+        text("domain"),
+        shard,
+        text("path"),
+        count("rows"),
+        count("tokens"),
+        count("bytes"),
+        text("checksum"),
+    ]);
     let batch = RecordBatch::try_new(
         Arc::new(schema),
         vec![
             Arc::new(StringArray::from_iter_values(rows.iter().map(|(domain, _, _)| domain))),
             Arc::new(UInt32Array::from_iter_values(rows.iter().map(|(_, _, s)| s.shard))),
             Arc::new(StringArray::from_iter_values(rows.iter().map(|(_, path, _)| path))),
-            Arc::new(UInt64Array::from_iter_values(rows.iter().map(|(_, _, s)| s.rows))),
-            Arc::new(UInt64Array::from_iter_values(rows.iter().map(|(_, _, s)| s.tokens))),
-            Arc::new(UInt64Array::from_iter_values(rows.iter().map(|(_, _, s)| s.bytes))),
+            Arc::new(Int64Array::from_iter_values(rows.iter().map(|(_, _, s)| s.rows as i64))),
+            Arc::new(Int64Array::from_iter_values(rows.iter().map(|(_, _, s)| s.tokens as i64))),
+            Arc::new(Int64Array::from_iter_values(rows.iter().map(|(_, _, s)| s.bytes as i64))),
             Arc::new(StringArray::from_iter_values(rows.iter().map(|(_, _, s)| &s.checksum))),
         ],
     );
@@ -179,7 +191,7 @@ pub fn first_reject(engine: &Engine, files: &[&Path]) -> Result<String> {
     let sql = r#"SELECT file, "row", reason FROM rejects ORDER BY file, "row" LIMIT 1"#;
     for batch in engine.collect(&session, sql)?.iter().filter(|b| b.num_rows() > 0) {
         let text = |i: usize| batch.column(i).as_string_view().value(0).to_owned();
-        return Ok(format!("row {} of `{}`: {}", batch.column(1).as_primitive::<UInt64Type>().value(0), text(0), text(2)));
+        return Ok(format!("row {} of `{}`: {}", batch.column(1).as_primitive::<Int64Type>().value(0), text(0), text(2)));
     }
     Err(Error::internal("rejected rows are counted but not listed"))
 }

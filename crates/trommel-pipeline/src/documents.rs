@@ -5,7 +5,7 @@ use std::io::BufRead;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, RecordBatch, StringArray, UInt64Array, new_null_array};
+use arrow::array::{ArrayRef, Int64Array, RecordBatch, StringArray, new_null_array};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use arrow::error::ArrowError;
@@ -33,19 +33,19 @@ pub struct Origin {
     pub domain: Option<String>,
     /// `train` or `test`, or none for the corpus.
     pub split: Option<String>,
-    /// The files.
-    pub files: Vec<PathBuf>,
+    /// The files: as the pipeline file names them, and where they lie.
+    pub files: Vec<(String, PathBuf)>,
 }
 
 /// A table over the documents of `origins`, a partition per file. Columns are those of the files, by name, then `file`,
 /// `row` and, for domains, `domain` and `split`; a column of the user's with such a name gets a `_` behind it.
 pub fn documents_table(origins: &[Origin]) -> Result<StreamingTable> {
     let own: Vec<(&str, DataType)> = match origins.iter().any(|o| o.domain.is_some()) {
-        true => vec![("file", DataType::Utf8), ("row", DataType::UInt64), ("domain", DataType::Utf8), ("split", DataType::Utf8)],
-        false => vec![("file", DataType::Utf8), ("row", DataType::UInt64)],
+        true => vec![("file", DataType::Utf8), ("row", DataType::Int64), ("domain", DataType::Utf8), ("split", DataType::Utf8)],
+        false => vec![("file", DataType::Utf8), ("row", DataType::Int64)],
     };
     let mut fields: Vec<Field> = Vec::new();
-    for file in origins.iter().flat_map(|o| &o.files) {
+    for (_, file) in origins.iter().flat_map(|o| &o.files) {
         for field in columns(file).map_err(|e| e.file(file.display()))?.fields() {
             let name = visible_name(field.name(), &own);
             if fields.iter().all(|f| *f.name() != name) {
@@ -55,10 +55,10 @@ pub fn documents_table(origins: &[Origin]) -> Result<StreamingTable> {
     }
     fields.extend(own.iter().map(|(name, data_type)| Field::new(*name, data_type.clone(), false)));
     let schema = Arc::new(Schema::new(fields));
-    let partition = |origin: &Origin, path: &PathBuf| -> Arc<dyn PartitionStream> {
-        Arc::new(DocumentFile { origin: origin.clone(), path: path.clone(), schema: Arc::clone(&schema) })
+    let partition = |origin: &Origin, (name, path): &(String, PathBuf)| -> Arc<dyn PartitionStream> {
+        Arc::new(DocumentFile { origin: origin.clone(), name: name.clone(), path: path.clone(), schema: Arc::clone(&schema) })
     };
-    let partitions = origins.iter().flat_map(|o| o.files.iter().map(|path| partition(o, path))).collect();
+    let partitions = origins.iter().flat_map(|o| o.files.iter().map(|file| partition(o, file))).collect();
     StreamingTable::try_new(Arc::clone(&schema), partitions).map_err(query_error)
 }
 
@@ -74,18 +74,22 @@ fn columns(path: &Path) -> Result<Schema> {
         return Ok(builder.schema().as_ref().clone());
     }
     let lines = open_lines(path)?.0.split(b'\n').map_while(std::io::Result::ok).take(LINES);
-    let values = lines.filter_map(|line| serde_json::from_slice::<serde_json::Value>(&line).ok()).filter(serde_json::Value::is_object).map(Ok);
+    let values = lines
+        .filter_map(|line| serde_json::from_slice::<serde_json::Value>(&line).ok())
+        .filter(serde_json::Value::is_object)
+        .map(Ok);
     infer_json_schema_from_iterator(values).map_err(unreadable)
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct DocumentFile {
     origin: Origin,
+    name: String,
     path: PathBuf,
     schema: SchemaRef,
 }
 
-type Batches = Box<dyn Iterator<Item = Result<(RecordBatch, Vec<u64>), DataFusionError>> + Send>;
+type Batches = Box<dyn Iterator<Item = Result<(RecordBatch, Vec<i64>), DataFusionError>> + Send>;
 
 impl DocumentFile {
     /// The file's own columns, and the row of each of them.
@@ -96,7 +100,7 @@ impl DocumentFile {
             return Ok(Box::new(reader.map(move |batch| {
                 let batch = batch?;
                 let first = next;
-                next += batch.num_rows() as u64;
+                next += batch.num_rows() as i64;
                 Ok((batch, (first..next).collect()))
             })));
         }
@@ -112,7 +116,7 @@ impl DocumentFile {
                     Ok(line) if serde_json::from_slice::<serde_json::Map<_, _>>(&line).is_ok() => {
                         text.extend(line);
                         text.push(b'\n');
-                        rows.push(row as u64);
+                        rows.push(row as i64);
                     }
                     Ok(_) => {}
                 }
@@ -124,13 +128,13 @@ impl DocumentFile {
         })))
     }
 
-    fn complete(&self, batch: &RecordBatch, rows: Vec<u64>) -> Result<RecordBatch, DataFusionError> {
+    fn complete(&self, batch: &RecordBatch, rows: Vec<i64>) -> Result<RecordBatch, DataFusionError> {
         let count = batch.num_rows();
         let constant = |value: &str| Arc::new(StringArray::from_iter_values(std::iter::repeat_n(value, count))) as ArrayRef;
         let column = |field: &arrow::datatypes::FieldRef| -> Result<ArrayRef, ArrowError> {
             Ok(match field.name().as_str() {
-                "file" => constant(&self.path.display().to_string()),
-                "row" => Arc::new(UInt64Array::from(rows.clone())),
+                "file" => constant(&self.name),
+                "row" => Arc::new(Int64Array::from(rows.clone())),
                 "domain" if !field.is_nullable() => constant(self.origin.domain.as_deref().unwrap_or_default()),
                 "split" if !field.is_nullable() => constant(self.origin.split.as_deref().unwrap_or_default()),
                 name => match batch.column_by_name(name).or_else(|| batch.column_by_name(name.trim_end_matches('_'))) {
@@ -145,7 +149,8 @@ impl DocumentFile {
 }
 
 fn decode(schema: &SchemaRef, text: &[u8], rows: usize) -> Result<RecordBatch, ArrowError> {
-    let mut decoder = ReaderBuilder::new(Arc::clone(schema)).with_batch_size(rows).with_coerce_primitive(true).build_decoder()?;
+    let mut decoder =
+        ReaderBuilder::new(Arc::clone(schema)).with_batch_size(rows).with_coerce_primitive(true).build_decoder()?;
     decoder.decode(text)?;
     Ok(decoder.flush()?.unwrap_or_else(|| RecordBatch::new_empty(Arc::clone(schema))))
 }
@@ -156,7 +161,7 @@ impl PartitionStream for DocumentFile {
     }
 
     fn execute(&self, _: Arc<TaskContext>) -> SendableRecordBatchStream {
-        let this = DocumentFile { origin: self.origin.clone(), path: self.path.clone(), schema: Arc::clone(&self.schema) };
+        let this = self.clone();
         let batches: Box<dyn Iterator<Item = _> + Send> = match self.batches() {
             Err(error) => Box::new(std::iter::once(Err(error))),
             Ok(batches) => Box::new(batches.map(move |found| found.and_then(|(batch, rows)| this.complete(&batch, rows)))),
@@ -175,13 +180,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.jsonl");
         std::fs::write(&path, "{\"text\":\"one\",\"row\":\"r1\"}\nnot json\n{\"text\":\"two\",\"stars\":5}\n").unwrap();
-        let origin = Origin { domain: None, split: None, files: vec![path] };
+        let origin = Origin { domain: None, split: None, files: vec![("a.jsonl".into(), path)] };
         let session = SessionContext::new();
         session.register_table("corpus", Arc::new(documents_table(&[origin]).unwrap())).unwrap();
         let frame = session.sql("SELECT text, row_, stars, \"row\" FROM corpus ORDER BY \"row\"").await.unwrap();
         let shown = arrow::util::pretty::pretty_format_batches(&frame.collect().await.unwrap()).unwrap().to_string();
-        let cells: Vec<Vec<&str>> =
-            shown.lines().filter(|l| l.starts_with('|')).map(|l| l.split('|').map(str::trim).filter(|c| !c.is_empty()).collect()).collect();
+        let cells: Vec<Vec<&str>> = shown
+            .lines()
+            .filter(|l| l.starts_with('|'))
+            .map(|l| l.split('|').map(str::trim).filter(|c| !c.is_empty()).collect())
+            .collect();
         assert_eq!(cells, [vec!["text", "row_", "stars", "row"], vec!["one", "r1", "0"], vec!["two", "5", "2"]]);
     }
 }

@@ -8,7 +8,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use arrow::array::{
-    ArrayRef, AsArray, FixedSizeListArray, Float16Array, RecordBatch, StringArray, StringViewArray, UInt32Array, UInt64Array,
+    ArrayRef, AsArray, FixedSizeListArray, Float16Array, Int64Array, RecordBatch, StringArray, StringViewArray, UInt32Array,
+    UInt64Array,
 };
 use arrow::datatypes::{DataType, Field, Float16Type, Schema, SchemaRef, UInt32Type};
 use datafusion::catalog::streaming::StreamingTable;
@@ -32,6 +33,8 @@ use crate::window::{content_key_function, windows_function};
 
 /// Windows with text that a corpus file contributes to the sample at most: 32 MB at the default window length.
 const SAMPLE_WINDOWS: usize = 8192;
+/// Bytes of text in the sample at most, but for its last window.
+const SAMPLE_BYTES: usize = 32 << 20;
 
 /// What the pass needs besides the units.
 pub struct Pass<'a> {
@@ -60,7 +63,10 @@ impl Pass<'_> {
             Some(embedder) => Some(ParquetSink::create(&unit.embeddings, &embeddings(embedder.dimensions()))?),
             None => None,
         };
-        let mut sample = unit.sample.as_ref().filter(|_| self.embedder.is_some()).map(|_| Sample::new(self.seed));
+        let mut sample = match (self.embedder, &unit.sample) {
+            (Some(embedder), Some(_)) => Some(Sample::new(self.seed, embedder.dimensions())),
+            _ => None,
+        };
         let mut documents = 0;
         for batch in self.engine.stream(frame)? {
             let batch = batch?;
@@ -115,7 +121,7 @@ fn write_rejects(unit: &Unit, mut rejected: Vec<Reject>) -> Result<()> {
         rejects(),
         vec![
             Arc::new(StringArray::from_iter_values(rejected.iter().map(|_| &file))),
-            Arc::new(UInt64Array::from_iter_values(rejected.iter().map(|r| r.row))),
+            Arc::new(Int64Array::from_iter_values(rejected.iter().map(|r| r.row))),
             Arc::new(StringArray::from_iter_values(rejected.iter().map(|_| "windows"))),
             Arc::new(StringArray::from_iter_values(rejected.iter().map(|r| &r.reason))),
         ],
@@ -131,8 +137,13 @@ pub fn register_source(
     progress: Arc<dyn Progress>,
 ) -> Result<Arc<Mutex<Vec<Reject>>>> {
     let rejected = Arc::new(Mutex::new(Vec::new()));
-    let documents =
-        Documents { file: unit.file.clone(), source: unit.source.clone(), schema: documents_schema(), rejected: Arc::clone(&rejected), progress };
+    let documents = Documents {
+        file: unit.file.clone(),
+        source: unit.source.clone(),
+        schema: documents_schema(),
+        rejected: Arc::clone(&rejected),
+        progress,
+    };
     let table = StreamingTable::try_new(documents_schema(), vec![Arc::new(documents)]).map_err(query_error)?;
     session.register_table("source", Arc::new(table)).map_err(query_error)?;
     Ok(rejected)
@@ -176,7 +187,9 @@ impl PartitionStream for Documents {
                     rejected.lock().map_err(|_| external(Error::internal("a reader panicked")))?.extend(rows.rejects);
                 }
                 progress.advance(rows.consumed);
-                let constant = |value: &str| Arc::new(StringViewArray::from_iter_values(std::iter::repeat_n(value, rows.batch.num_rows()))) as ArrayRef;
+                let constant = |value: &str| {
+                    Arc::new(StringViewArray::from_iter_values(std::iter::repeat_n(value, rows.batch.num_rows()))) as ArrayRef
+                };
                 let columns = [rows.batch.columns(), &[constant(&file), constant(&source)]].concat();
                 Ok(RecordBatch::try_new(Arc::clone(&schema), columns)?)
             })),
@@ -239,13 +252,21 @@ pub fn priority_function(seed: u64) -> ScalarUDF {
         let priorities = documents.iter().zip(windows.values()).map(|(d, &w)| priority(&stream, d.unwrap_or_default(), w));
         Ok(ColumnarValue::Array(Arc::new(UInt64Array::from_iter_values(priorities))))
     };
-    create_udf("priority", vec![DataType::Utf8View, DataType::UInt32], DataType::UInt64, Volatility::Immutable, Arc::new(compute))
+    create_udf(
+        "priority",
+        vec![DataType::Utf8View, DataType::UInt32],
+        DataType::UInt64,
+        Volatility::Immutable,
+        Arc::new(compute),
+    )
 }
 
 /// The windows of lowest priority among those seen, with their text and vector.
 struct Sample {
     stream: Stream,
+    dimensions: usize,
     heap: BinaryHeap<Sampled>,
+    bytes: usize,
 }
 
 /// Ordered by priority, then by everything that could still tell two windows apart.
@@ -259,38 +280,50 @@ struct Sampled {
 }
 
 impl Sample {
-    fn new(seed: u64) -> Self {
-        Sample { stream: priority_stream(seed), heap: BinaryHeap::new() }
+    fn new(seed: u64, dimensions: usize) -> Self {
+        Sample { stream: priority_stream(seed), dimensions, heap: BinaryHeap::new(), bytes: 0 }
+    }
+
+    /// Whether the sample is complete without its window of highest priority.
+    fn is_over(&self) -> bool {
+        let last = self.heap.peek().map_or(0, |s| s.text.len());
+        self.heap.len() > SAMPLE_WINDOWS || self.bytes - last >= SAMPLE_BYTES
     }
 
     fn add(&mut self, batch: &RecordBatch) -> Result<()> {
-        let column = |name: &str| batch.column_by_name(name).ok_or_else(|| Error::internal(format!("the column `{name}` is missing")));
-        let as_text = |name: &str| Ok(arrow::compute::cast(column(name)?, &DataType::Utf8View).map_err(|e| Error::internal("no text").source(e))?);
+        let column =
+            |name: &str| batch.column_by_name(name).ok_or_else(|| Error::internal(format!("the column `{name}` is missing")));
+        let as_text = |name: &str| {
+            Ok(arrow::compute::cast(column(name)?, &DataType::Utf8View).map_err(|e| Error::internal("no text").source(e))?)
+        };
         let (documents, texts): (ArrayRef, ArrayRef) = (as_text("document")?, as_text("text")?);
         let (documents, texts) = (documents.as_string_view(), texts.as_string_view());
         let windows = column("window")?.as_primitive::<UInt32Type>();
         let vectors = column("embedding")?.as_fixed_size_list();
         for row in 0..batch.num_rows() {
             let priority = priority(&self.stream, documents.value(row), windows.value(row));
-            if self.heap.len() == SAMPLE_WINDOWS && self.heap.peek().is_some_and(|worst| worst.priority < priority) {
+            let full = self.heap.len() >= SAMPLE_WINDOWS || self.bytes >= SAMPLE_BYTES;
+            if full && self.heap.peek().is_some_and(|last| last.priority < priority) {
                 continue;
             }
             let vector = vectors.value(row);
             let embedding = vector.as_primitive::<Float16Type>().values().iter().map(|x| x.to_bits()).collect();
             let (document, text) = (documents.value(row).to_owned(), texts.value(row).to_owned());
+            self.bytes += text.len();
             self.heap.push(Sampled { priority, document, window: windows.value(row), text, embedding });
-            if self.heap.len() > SAMPLE_WINDOWS {
-                self.heap.pop();
+            while self.is_over() {
+                self.bytes -= self.heap.pop().map_or(0, |s| s.text.len());
             }
         }
         Ok(())
     }
 
     fn write(self, path: &Path) -> Result<()> {
+        let dimensions = self.dimensions;
         let rows = self.heap.into_sorted_vec();
-        let dimensions = rows.first().map_or(1, |r| r.embedding.len());
         let schema = sample_schema(dimensions);
-        let vectors = Float16Array::from_iter_values(rows.iter().flat_map(|r| r.embedding.iter().map(|&bits| f16::from_bits(bits))));
+        let vectors =
+            Float16Array::from_iter_values(rows.iter().flat_map(|r| r.embedding.iter().map(|&bits| f16::from_bits(bits))));
         let item = Arc::new(Field::new("item", DataType::Float16, false));
         let vectors = FixedSizeListArray::try_new(item, dimensions as i32, Arc::new(vectors), None);
         let columns: Vec<ArrayRef> = vec![
@@ -330,12 +363,16 @@ pub fn read_sample(engine: &Engine, outputs: &crate::outputs::Outputs) -> Result
     let session = engine.session(1, []);
     engine.register(&session, "samples", &files)?;
     let sql = format!("SELECT text, embedding FROM samples ORDER BY priority, document, text LIMIT {SAMPLE_WINDOWS}");
-    let mut sample = Vec::new();
+    let (mut sample, mut bytes) = (Vec::new(), 0);
     for batch in engine.collect(&session, &sql)? {
         let vectors = numbers(batch.column(1))?;
         let dimensions = vectors.len() / batch.num_rows().max(1);
         let texts = batch.column(0).as_string_view();
         for (text, embedding) in texts.iter().flatten().zip(vectors.chunks_exact(dimensions.max(1))) {
+            if bytes >= SAMPLE_BYTES {
+                return Ok(sample);
+            }
+            bytes += text.len();
             sample.push(SampledWindow { text: text.to_owned(), embedding: embedding.to_vec() });
         }
     }

@@ -155,11 +155,7 @@ impl Engine {
 }
 
 /// Writes batches to a Parquet file that is whole or absent. Columns are matched by name and cast to `schema`.
-pub fn write_parquet(
-    path: &Path,
-    schema: &SchemaRef,
-    batches: impl Iterator<Item = Result<RecordBatch>>,
-) -> Result<Written> {
+pub fn write_parquet(path: &Path, schema: &SchemaRef, batches: impl Iterator<Item = Result<RecordBatch>>) -> Result<Written> {
     let mut sink = ParquetSink::create(path, schema)?;
     for batch in batches {
         sink.write(&batch?)?;
@@ -198,7 +194,8 @@ impl ParquetSink {
         };
         let columns = self.schema.fields().iter().map(column).collect::<Result<Vec<_>>>()?;
         let batch = RecordBatch::try_new(Arc::clone(&self.schema), columns);
-        let batch = batch.map_err(|e| Error::internal("a row breaks the schema of its table").file(self.path.display()).source(e))?;
+        let batch =
+            batch.map_err(|e| Error::internal("a row breaks the schema of its table").file(self.path.display()).source(e))?;
         self.writer.write(&batch).map_err(|e| parquet_error(&self.path, e))?;
         self.rows += batch.num_rows() as u64;
         Ok(())
@@ -263,7 +260,9 @@ pub fn query_error(error: DataFusionError) -> Error {
         },
         DataFusionError::Context(_, inner) => query_error(*inner),
         DataFusionError::Shared(shared) => Error::data(format!("a query failed: {shared}")),
-        DataFusionError::IoError(e) => Error::system("a query could not read or write a file").source(e).hint("check the disk, then run again"),
+        DataFusionError::IoError(e) => {
+            Error::system("a query could not read or write a file").source(e).hint("check the disk, then run again")
+        }
         other => Error::data("a query failed").source(other),
     }
 }

@@ -100,18 +100,23 @@ impl Outputs {
         let seed = spec.seed.to_le_bytes();
         let inputs = inputs(plan, embedder)?;
         let keys = |corpus_only: bool| {
-            let mut keys: Vec<Key> = inputs.iter().filter(|i| !corpus_only || i.source.name == CORPUS).map(|i| i.embed).collect();
+            let mut keys: Vec<Key> =
+                inputs.iter().filter(|i| !corpus_only || i.source.name == CORPUS).map(|i| i.embed).collect();
             keys.sort();
             keys.iter().flat_map(|k| k.0.to_le_bytes()).collect::<Vec<u8>>()
         };
-        let after = |version: &str, before: Key, settings: &[u8]| Key::of([version.as_bytes(), &before.0.to_le_bytes(), settings]);
+        let after =
+            |version: &str, before: Key, settings: &[u8]| Key::of([version.as_bytes(), &before.0.to_le_bytes(), settings]);
 
-        let cluster_settings = (spec.cluster.levels(), spec.cluster.balance(), spec.cluster.sample(), spec.cluster.iterations());
+        let cluster_settings =
+            (spec.cluster.levels(), spec.cluster.balance(), spec.cluster.sample(), spec.cluster.iterations());
         let cluster = Key::of([version::CLUSTER.as_bytes(), &keys(true), &json(&cluster_settings)?, &seed]);
         let histogram = after(version::HISTOGRAM, cluster, &keys(false));
         let weigh = after(version::WEIGH, histogram, &json(&spec.weigh)?);
         let tokenizer = match &spec.shard.tokenizer.path {
-            Some(path) => Key::of_bytes(&std::fs::read(path).map_err(|e| Error::config("cannot read it").file(path.display()).source(e))?),
+            Some(path) => {
+                Key::of_bytes(&std::fs::read(path).map_err(|e| Error::config("cannot read it").file(path.display()).source(e))?)
+            }
             None => Key::of([version::TOKENIZER.as_bytes(), &keys(true), &spec.shard.tokenizer.vocab().to_le_bytes(), &seed]),
         };
         let streams = streams(plan);
@@ -168,7 +173,8 @@ fn inputs(plan: &Plan, embedder: Key) -> Result<Vec<Input<'_>>> {
         for path in &source.files {
             let (bytes, fingerprint) = fingerprint(path)?;
             let settings = json(&(&source.name, &source.text, &source.id, &plan.spec.windows))?;
-            let parts = [version::WINDOWS.as_bytes(), path.as_os_str().as_encoded_bytes(), &fingerprint.0.to_le_bytes(), &settings];
+            let parts =
+                [version::WINDOWS.as_bytes(), path.as_os_str().as_encoded_bytes(), &fingerprint.0.to_le_bytes(), &settings];
             let windows = Key::of(parts);
             let embed = Key::of([version::EMBED.as_bytes(), &windows.0.to_le_bytes(), &embedder.0.to_le_bytes()]);
             inputs.push(Input { source, path, bytes, windows, embed });
@@ -190,7 +196,9 @@ fn fingerprint(path: &Path) -> Result<(u64, Key)> {
         file.take(END).read_to_end(&mut ends)?;
         Ok((metadata.len(), Key::of([&metadata.len().to_le_bytes()[..], &changed.to_le_bytes(), &ends])))
     };
-    read().map_err(|e| Error::data("cannot read the file").file(path.display()).source(e).hint("check the path and its permissions"))
+    read().map_err(|e| {
+        Error::data("cannot read the file").file(path.display()).source(e).hint("check the path and its permissions")
+    })
 }
 
 fn json(value: &impl Serialize) -> Result<Vec<u8>> {

@@ -9,7 +9,9 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, AsArray, Float64Array, ListArray, RecordBatch, StringArray, StructArray, UInt32Array, UInt64Array};
+use arrow::array::{
+    ArrayRef, AsArray, Float64Array, ListArray, RecordBatch, StringArray, StructArray, UInt32Array, UInt64Array,
+};
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Fields, Float64Type, Schema, SchemaRef, UInt32Type};
 use datafusion::datasource::MemTable;
@@ -22,12 +24,15 @@ use trommel_core::seed::{Stream, unit};
 use trommel_spec::plan::Plan;
 
 use crate::embed::{read_sample, register_source, window_key};
-use crate::engine::{Engine, query_error, write_parquet};
+use crate::engine::{Engine, ParquetSink, footer, query_error};
 use crate::histogram::{self, Bin};
 use crate::outputs::{Outputs, Unit, streams};
 use crate::tokenizer::Encoder;
 use crate::window::{content_key_function, windows_function};
 use crate::{cluster, weigh};
+
+/// Epochs over a cluster beyond which a plan is taken for a mistake.
+const EPOCHS_MAX: f64 = 1000.0;
 
 /// The rate of one cluster for one domain.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -66,13 +71,12 @@ pub fn rates(supply: &[Supply], bytes: f64, margin: f64, max_epochs: Option<f64>
         return Err(if total <= 0.0 { 0.0 } else { total * cap });
     }
     let at_budget = scale(supply, bytes, cap);
-    let with_margin = scale(supply, (bytes * margin).min(total * cap), cap);
     let uncapped = scale(supply, bytes, f64::INFINITY);
     let rate = |s: &Supply| {
         let epochs = (at_budget * s.weight).min(cap);
         Rate {
             cluster_id: s.cluster_id,
-            rate: (with_margin * s.weight).min(cap),
+            rate: epochs * margin,
             epochs,
             expected_draws: epochs * s.windows,
             wanted_draws: uncapped * s.weight * s.windows,
@@ -108,19 +112,32 @@ pub fn write_rates(engine: &Engine, outputs: &Outputs, plan: &Plan, margin: f64)
     let budget = plan.spec.resample.tokens;
     let (mut domains, mut rows) = (Vec::new(), Vec::new());
     for domain in streams(plan) {
-        let of = |cluster_id: u32| if domain == CORPUS { 1.0 } else { weight.get(&(domain.as_str(), cluster_id)).copied().unwrap_or(0.0) };
+        let of = |cluster_id: u32| {
+            if domain == CORPUS { 1.0 } else { weight.get(&(domain.as_str(), cluster_id)).copied().unwrap_or(0.0) }
+        };
         let supply: Vec<Supply> = bins
             .iter()
             .filter(|b| b.domain == CORPUS)
-            .map(|b: &Bin| Supply { cluster_id: b.cluster_id, windows: b.windows as f64, bytes: b.bytes as f64, weight: of(b.cluster_id) })
+            .map(|b: &Bin| Supply {
+                cluster_id: b.cluster_id,
+                windows: b.windows as f64,
+                bytes: b.bytes as f64,
+                weight: of(b.cluster_id),
+            })
             .collect();
         let tokens_per_byte = density.tokens_per_byte(of);
         let max_epochs = plan.spec.weigh.max_epochs.filter(|_| domain != CORPUS);
         let found = rates(&supply, budget.0 as f64 / tokens_per_byte, margin, max_epochs).map_err(|bytes| {
             let most = (bytes * tokens_per_byte) as u64;
-            Error::data(format!("the corpus has about {most} tokens for `{domain}` under `weigh.max_epochs`, and {budget} are asked for"))
-                .hint("lower `resample.tokens`, raise `weigh.max_epochs`, or add to the corpus")
+            Error::data(format!(
+                "the corpus has about {most} tokens for `{domain}` under `weigh.max_epochs`, and {budget} are asked for"
+            ))
+            .hint("lower `resample.tokens`, raise `weigh.max_epochs`, or add to the corpus")
         })?;
+        if let Some(most) = found.iter().map(|r| r.epochs).filter(|&e| e > EPOCHS_MAX).reduce(f64::max) {
+            let error = Error::data(format!("{budget} tokens for `{domain}` would repeat a cluster {most:.0} times"));
+            return Err(error.hint("lower `resample.tokens` or `cluster.k`, set `weigh.max_epochs`, or add to the corpus"));
+        }
         domains.extend(std::iter::repeat_n(domain, found.len()));
         rows.extend(found);
     }
@@ -133,8 +150,22 @@ pub fn write_rates(engine: &Engine, outputs: &Outputs, plan: &Plan, margin: f64)
         number(|r| r.expected_draws),
         number(|r| r.wanted_draws),
     ];
-    let batch = RecordBatch::try_new(rates_schema(), columns).map_err(|e| Error::internal("rates do not form a table").source(e))?;
-    write_parquet(&outputs.rates, &rates_schema(), std::iter::once(Ok(batch))).map(|_| ())
+    let batch = RecordBatch::try_new(rates_schema(), columns);
+    let batch = batch.map_err(|e| Error::internal("rates do not form a table").source(e))?;
+    let mut sink = ParquetSink::create(&outputs.rates, &rates_schema())?;
+    sink.write(&batch)?;
+    sink.note(MARGIN, &margin.to_string());
+    sink.finish().map(|_| ())
+}
+
+const MARGIN: &str = "trommel.margin";
+
+/// The margin over the token budget that the rates were planned with.
+pub fn margin(outputs: &Outputs) -> Result<f64> {
+    let noted = footer(&outputs.rates, MARGIN)?.1.and_then(|text| text.parse().ok());
+    noted.ok_or_else(|| {
+        Error::data("the rates are damaged").file(outputs.rates.display()).hint("remove this file and run again")
+    })
 }
 
 fn rates_schema() -> SchemaRef {
@@ -219,7 +250,8 @@ pub fn draws_function(seed: u64) -> ScalarUDF {
         let (windows, rates) = (columns[2].as_primitive::<UInt32Type>(), columns[3].as_primitive::<Float64Type>());
         let (mut copies, mut places, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
         for row in 0..rates.len() {
-            let mut key = [domains.value(row).as_bytes(), b"\0", &window_key(documents.value(row), windows.value(row))].concat();
+            let mut key =
+                [domains.value(row).as_bytes(), b"\0", &window_key(documents.value(row), windows.value(row))].concat();
             let count = multiplicity(rates.value(row), unit(draw.bits(&key)));
             let stem = key.len();
             for copy in 0..count {
@@ -269,11 +301,21 @@ fn drawn_schema() -> SchemaRef {
 /// The columns of the table `diagnostics`.
 pub fn diagnostics_schema() -> SchemaRef {
     let names = [
-        "kl_before", "kl_after", "ess", "ess_share", "lost_mass", "repeat_share", "max_epochs", "entropy", "top_cluster_share",
+        "kl_before",
+        "kl_after",
+        "ess",
+        "ess_share",
+        "lost_mass",
+        "repeat_share",
+        "max_epochs",
+        "entropy",
+        "top_cluster_share",
         "capped_share",
     ];
     let domain = Field::new("domain", DataType::Utf8, false);
-    Arc::new(Schema::new(std::iter::once(domain).chain(names.map(|n| Field::new(n, DataType::Float64, false))).collect::<Vec<_>>()))
+    Arc::new(Schema::new(
+        std::iter::once(domain).chain(names.map(|n| Field::new(n, DataType::Float64, false))).collect::<Vec<_>>(),
+    ))
 }
 
 fn register_batches(session: &SessionContext, table: &str, batches: Vec<RecordBatch>, empty: &SchemaRef) -> Result<()> {

@@ -108,10 +108,12 @@ impl<'a> Run<'a> {
     /// Takes the run directory, loads the model, and names every output.
     pub fn open(plan: &'a Plan, threads: usize, progress: Arc<dyn Progress>, interrupt: Interrupt) -> Result<Run<'a>> {
         let lock = lock(&plan.run_dir)?;
+        let spill = plan.run_dir.join("spill");
         remove_temporaries(&plan.run_dir)?;
+        remove_folder(&spill)?;
         let embedder: Arc<dyn Embedder> = Arc::from(trommel_embed::load::load(&plan.spec.embed.model)?);
         let outputs = Outputs::of(plan, embedder.key())?;
-        let engine = Engine::new(threads, plan.run_dir.join("spill"), progress, interrupt)?;
+        let engine = Engine::new(threads, spill, progress, interrupt)?;
         Ok(Run { plan, outputs, embedder, engine, reports: Vec::new(), _lock: lock })
     }
 
@@ -194,17 +196,18 @@ impl<'a> Run<'a> {
             if finished(&self.outputs, folder).is_some() {
                 continue;
             }
-            let mut margins = MARGINS.iter();
-            let mut margin = MARGINS[0];
-            let sharding = |margin| Sharding { engine: &self.engine, outputs: &self.outputs, plan: self.plan, margin };
-            margins.next();
-            while sharding(margin).run(domain, folder)?.is_none() {
-                margin = *margins.next().ok_or_else(|| {
+            loop {
+                let margin = resample::margin(&self.outputs)?;
+                let sharding = Sharding { engine: &self.engine, outputs: &self.outputs, plan: self.plan, margin };
+                if sharding.run(domain, folder)?.is_some() {
+                    break;
+                }
+                let larger = MARGINS.into_iter().find(|&m| m > margin).ok_or_else(|| {
                     let budget = self.plan.spec.resample.tokens;
                     Error::data(format!("the corpus gives fewer than the {budget} tokens that are asked for `{domain}`"))
                         .hint("lower `resample.tokens`, raise `weigh.max_epochs`, or add to the corpus")
                 })?;
-                self.redraw(margin)?;
+                self.redraw(larger)?;
             }
         }
         Ok(())
@@ -212,16 +215,16 @@ impl<'a> Run<'a> {
 
     /// Draws again with a larger margin, from nothing: what was drawn before stays drawn, so only more is added.
     fn redraw(&self, margin: f64) -> Result<()> {
-        self.engine.progress.line(&format!("more tokens are needed than the sample foretold; drawing again with a margin of {margin}"));
+        self.engine
+            .progress
+            .line(&format!("more tokens are needed than the sample foretold; drawing again with a margin of {margin}"));
         let remove = |path: &Path| match std::fs::remove_file(path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(write_error(path, e)),
             _ => Ok(()),
         };
         self.outputs.corpus().filter_map(|u| u.draws.as_deref()).try_for_each(remove)?;
-        for (domain, folder) in &self.outputs.shards {
-            if finished(&self.outputs, folder).is_none() {
-                std::fs::remove_dir_all(folder).map_err(|e| write_error(folder, e).hint(format!("remove the shards of `{domain}`")))?;
-            }
+        for (_, folder) in self.outputs.shards.iter().filter(|(_, folder)| finished(&self.outputs, folder).is_none()) {
+            remove_folder(folder)?;
         }
         remove(&self.outputs.rates)?;
         remove(&self.outputs.diagnostics)?;
@@ -252,10 +255,12 @@ impl<'a> Run<'a> {
         let limit = self.plan.spec.corpus.max_reject_share;
         for (source, Counts { documents, windows, rejected }) in sums {
             if rejected > 0 {
-                let files: Vec<&Path> = self.outputs.units.iter().filter(|u| u.source == source).map(|u| u.rejects.as_path()).collect();
+                let files: Vec<&Path> =
+                    self.outputs.units.iter().filter(|u| u.source == source).map(|u| u.rejects.as_path()).collect();
                 let first = catalog::first_reject(&self.engine, &files)?;
                 let share = rejected as f64 / (documents + rejected) as f64;
-                let message = format!("{rejected} rows of `{source}` cannot be used ({:.2}%), the first one is {first}", share * 100.0);
+                let message =
+                    format!("{rejected} rows of `{source}` cannot be used ({:.2}%), the first one is {first}", share * 100.0);
                 if share > limit {
                     return Err(Error::data(format!("{message}; {:.2}% are allowed", limit * 100.0)).hint(
                         "mend the files, or raise `corpus.max_reject_share`; `trommel sql RUN_DIR -c 'SELECT * FROM rejects'` lists every row",
@@ -265,7 +270,9 @@ impl<'a> Run<'a> {
             }
             if windows == 0 {
                 let kind = if source == CORPUS { "the corpus".to_owned() } else { format!("the domain `{source}`") };
-                return Err(Error::data(format!("{kind} holds no text")).hint("check the paths and the name of the text column"));
+                return Err(
+                    Error::data(format!("{kind} holds no text")).hint("check the paths and the name of the text column")
+                );
             }
         }
         Ok(())
@@ -307,26 +314,22 @@ fn unit_of(stage: Stage) -> &'static str {
     }
 }
 
-/// The files of a stage; empty for the shards, whose number is known only when they are written.
-fn files(outputs: &Outputs, stage: Stage) -> Vec<&Path> {
-    let units = outputs.units.iter();
+/// The files of a stage that are one for the whole run.
+fn tables(outputs: &Outputs, stage: Stage) -> Vec<&Path> {
     match stage {
-        Stage::Windows => units.flat_map(|u| [u.windows.as_path(), u.rejects.as_path()]).collect(),
-        Stage::Embed => units.flat_map(|u| std::iter::once(u.embeddings.as_path()).chain(u.sample.as_deref())).collect(),
         Stage::Cluster => vec![&outputs.clusters],
-        Stage::Assign => units.map(|u| u.assignments.as_path()).collect(),
         Stage::Histogram => vec![&outputs.cluster_statistics, &outputs.histograms],
         Stage::Weigh => vec![&outputs.weights],
         Stage::Tokenizer => vec![&outputs.tokenizer],
-        Stage::Resample => units.filter_map(|u| u.draws.as_deref()).chain([outputs.rates.as_path(), &outputs.diagnostics]).collect(),
-        Stage::Shard => Vec::new(),
+        Stage::Resample => vec![&outputs.rates, &outputs.diagnostics],
+        Stage::Windows | Stage::Embed | Stage::Assign | Stage::Shard => Vec::new(),
     }
 }
 
 fn is_done(outputs: &Outputs, stage: Stage) -> bool {
     match stage {
         Stage::Shard => outputs.shards.iter().all(|(_, folder)| finished(outputs, folder).is_some()),
-        _ => files(outputs, stage).iter().all(|f| f.exists()),
+        _ => missing(outputs, stage).is_empty() && tables(outputs, stage).iter().all(|f| f.exists()),
     }
 }
 
@@ -357,7 +360,16 @@ fn size_of(outputs: &Outputs, stage: Stage) -> Result<Written> {
                 bytes: sum.bytes + manifest.shards.iter().map(|s| crate::source::size(&folder.join(&s.path))).sum::<u64>(),
             }))
         }
-        _ => written(files(outputs, stage)),
+        Stage::Assign => written(units.map(|u| u.assignments.as_path())),
+        _ => written(tables(outputs, stage)),
+    }
+}
+
+/// Removes a folder, if it is there, with what is in it.
+fn remove_folder(folder: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(write_error(folder, e)),
+        _ => Ok(()),
     }
 }
 

@@ -12,7 +12,7 @@ use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use trommel_core::error::{Error, Result};
 use trommel_core::key::{checksum, checksum_file};
 use trommel_core::manifest::{Manifest, Shard};
-use trommel_core::storage::write_bytes;
+use trommel_core::storage::{write_bytes, write_error};
 use trommel_spec::plan::Plan;
 
 use crate::engine::{Engine, ParquetSink, Written, footer};
@@ -68,8 +68,13 @@ impl Sharding<'_> {
         let budget = self.plan.spec.resample.tokens.0;
         let drawn = budget as f64 * self.margin;
         let count = (drawn / self.plan.spec.shard.shard_tokens.0 as f64).ceil().max(1.0) as u64;
-        let mut manifest =
-            Manifest { domain: domain.to_owned(), vocab: encoder.vocab, end_of_text: encoder.end_of_text, tokens: 0, shards: Vec::new() };
+        let mut manifest = Manifest {
+            domain: domain.to_owned(),
+            vocab: encoder.vocab,
+            end_of_text: encoder.end_of_text,
+            tokens: 0,
+            shards: Vec::new(),
+        };
         for number in 0..count {
             if manifest.tokens >= budget {
                 break;
@@ -142,14 +147,20 @@ impl Sharding<'_> {
 
     /// Writes tokenizer and manifest, then removes shards that an earlier plan has left.
     fn publish(&self, manifest: &Manifest, folder: &Path) -> Result<Written> {
-        let read_error = |e: std::io::Error| Error::system("cannot read the tokenizer").file(self.outputs.tokenizer.display()).source(e);
+        let read_error =
+            |e: std::io::Error| Error::system("cannot read the tokenizer").file(self.outputs.tokenizer.display()).source(e);
+        // A manifest must never stand beside another plan's tokenizer.
+        match std::fs::remove_file(folder.join(Manifest::FILE)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(write_error(folder, e)),
+            _ => {}
+        }
         write_bytes(&folder.join(Manifest::TOKENIZER), &std::fs::read(&self.outputs.tokenizer).map_err(read_error)?)?;
         let text = serde_json::to_string_pretty(manifest).map_err(|e| Error::internal("no manifest").source(e))?;
         write_bytes(&folder.join(Manifest::FILE), text.as_bytes())?;
         for path in parquet_files(folder) {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             if !manifest.shards.iter().any(|s| s.path == name) {
-                std::fs::remove_file(&path).map_err(|e| trommel_core::storage::write_error(&path, e))?;
+                std::fs::remove_file(&path).map_err(|e| write_error(&path, e))?;
             }
         }
         let bytes = manifest.shards.iter().map(|s| crate::source::size(&folder.join(&s.path))).sum();
@@ -164,7 +175,8 @@ fn parquet_files(folder: &Path) -> Vec<PathBuf> {
 
 fn read_content(path: &Path) -> Result<Content> {
     let note = |key: &str| -> Result<u64> {
-        let damaged = || Error::data("the shard is damaged").file(path.display()).hint("remove it and run the same command again");
+        let damaged =
+            || Error::data("the shard is damaged").file(path.display()).hint("remove it and run the same command again");
         footer(path, key)?.1.and_then(|v| v.parse().ok()).ok_or_else(damaged)
     };
     Ok(Content { rows: footer(path, TOKENS)?.0, tokens: note(TOKENS)?, bytes: note(BYTES)? })

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch, StringViewBuilder, UInt64Array, new_null_array};
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, StringViewBuilder, new_null_array};
 use arrow::compute::{cast, filter_record_batch};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use parquet::arrow::ProjectionMask;
@@ -41,7 +41,7 @@ pub struct SourceFile {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reject {
     /// Row of the file, from 0; for JSON lines, the line minus one.
-    pub row: u64,
+    pub row: i64,
     /// Why, in words.
     pub reason: String,
 }
@@ -60,7 +60,7 @@ pub struct Rows {
 /// The columns of a batch: `row`, `id` (null without an id column), `text`.
 pub fn schema() -> SchemaRef {
     Arc::new(Schema::new(vec![
-        Field::new("row", DataType::UInt64, false),
+        Field::new("row", DataType::Int64, false),
         Field::new("id", DataType::Utf8View, true),
         Field::new("text", DataType::Utf8View, false),
     ]))
@@ -83,7 +83,9 @@ impl SourceFile {
 
     fn read_parquet(&self) -> Result<RowsIterator> {
         let builder = ParquetRecordBatchReaderBuilder::try_new(open(&self.path)?).map_err(|e| {
-            Error::data("not a whole Parquet file").source(e).hint("the file is cut short or of another kind: copy it again or remove it")
+            Error::data("not a whole Parquet file")
+                .source(e)
+                .hint("the file is cut short or of another kind: copy it again or remove it")
         })?;
         let fields = builder.schema().fields().clone();
         let mut columns = vec![text_column(&fields, &self.text)?];
@@ -108,7 +110,15 @@ impl SourceFile {
 
     fn read_lines(&self) -> Result<RowsIterator> {
         let (lines, consumed) = open_lines(&self.path)?;
-        Ok(Box::new(Lines { lines, text: self.text.clone(), id: self.id.clone(), line: 0, buffer: Vec::new(), ended: false, consumed }))
+        Ok(Box::new(Lines {
+            lines,
+            text: self.text.clone(),
+            id: self.id.clone(),
+            line: 0,
+            buffer: Vec::new(),
+            ended: false,
+            consumed,
+        }))
     }
 }
 
@@ -136,24 +146,31 @@ fn open(path: &Path) -> Result<File> {
     File::open(path).map_err(|e| Error::data("cannot open the file").source(e).hint("check the path and its permissions"))
 }
 
-/// Every text of a small source, such as a domain set, in order. Rows that cannot be used are an error here, since there
-/// is no table to list them in.
-pub fn read_texts(source: &Source) -> Result<Vec<String>> {
-    let mut texts = Vec::new();
+/// The documents of a small source, such as a domain set.
+#[derive(Debug, Clone, Default)]
+pub struct Texts {
+    /// The usable ones, in order.
+    pub texts: Vec<String>,
+    /// Rows that cannot be used, with their file.
+    pub rejects: Vec<(PathBuf, Reject)>,
+}
+
+/// Reads every document of a small source into memory; at least one must be usable.
+pub fn read_texts(source: &Source) -> Result<Texts> {
+    let mut found = Texts::default();
     for path in &source.files {
         let file = SourceFile { path: path.clone(), text: source.text.clone(), id: None };
         for rows in file.read()? {
             let rows = rows?;
-            if let Some(reject) = rows.rejects.first() {
-                let error = Error::data(format!("a document cannot be used: {}", reject.reason)).file(path.display()).row(reject.row);
-                return Err(error.hint("mend or remove the row"));
-            }
-            texts.extend(rows.batch.column(2).as_string_view().iter().flatten().map(str::to_owned));
+            found.texts.extend(rows.batch.column(2).as_string_view().iter().flatten().map(str::to_owned));
+            found.rejects.extend(rows.rejects.into_iter().map(|reject| (path.clone(), reject)));
         }
     }
-    match texts.is_empty() {
-        true => Err(Error::data(format!("`{}` holds no documents", source.name))),
-        false => Ok(texts),
+    match found.texts.is_empty() {
+        true => {
+            Err(Error::data(format!("`{}` holds no text", source.name)).hint("check the path and the name of the text column"))
+        }
+        false => Ok(found),
     }
 }
 
@@ -165,7 +182,8 @@ pub fn size(path: &Path) -> u64 {
 fn column(fields: &arrow::datatypes::Fields, name: &str, key: &str) -> Result<usize> {
     fields.iter().position(|f| f.name() == name).ok_or_else(|| {
         let others = fields.iter().map(|f| format!("`{}`", f.name())).collect::<Vec<_>>().join(", ");
-        Error::data(format!("there is no column `{name}`")).hint(format!("the columns are {others}; name one of them as `{key}:`"))
+        Error::data(format!("there is no column `{name}`"))
+            .hint(format!("the columns are {others}; name one of them as `{key}:`"))
     })
 }
 
@@ -195,14 +213,14 @@ struct ParquetRows {
     reader: ParquetRecordBatchReader,
     text: String,
     id: Option<String>,
-    row: u64,
+    row: i64,
     row_bytes: f64,
 }
 
 impl ParquetRows {
     fn convert(&mut self, batch: &RecordBatch) -> Result<Rows> {
         let first = self.row;
-        self.row += batch.num_rows() as u64;
+        self.row += batch.num_rows() as i64;
         let get = |name: &str| batch.column_by_name(name).ok_or_else(|| Error::internal("a projected column is missing"));
         let text = cast(get(&self.text)?, &DataType::Utf8View).map_err(unreadable)?;
         let id = match &self.id {
@@ -210,7 +228,7 @@ impl ParquetRows {
                 .map_err(|e| Error::data(format!("the column `{name}` cannot identify documents")).source(e))?,
             None => new_null_array(&DataType::Utf8View, batch.num_rows()),
         };
-        let rows = UInt64Array::from_iter_values(first..self.row);
+        let rows = Int64Array::from_iter_values(first..self.row);
         let batch = RecordBatch::try_new(nullable(), vec![Arc::new(rows), id, text]).map_err(unreadable)?;
         let consumed = (batch.num_rows() as f64 * self.row_bytes) as u64;
         Ok(Rows { consumed, ..keep_usable(&batch, self.id.as_deref(), Vec::new())? })
@@ -222,19 +240,21 @@ impl Iterator for ParquetRows {
 
     fn next(&mut self) -> Option<Self::Item> {
         let batch = self.reader.next()?;
-        Some(batch.map_err(|e| unreadable(e).row(self.row)).and_then(|b| self.convert(&b)))
+        Some(batch.map_err(|e| unreadable(e).row(self.row as u64)).and_then(|b| self.convert(&b)))
     }
 }
 
 /// [`schema`] before unusable rows are taken out.
 fn nullable() -> SchemaRef {
-    Arc::new(Schema::new(schema().fields().iter().map(|f| f.as_ref().clone().with_nullable(f.name() != "row")).collect::<Vec<_>>()))
+    Arc::new(Schema::new(
+        schema().fields().iter().map(|f| f.as_ref().clone().with_nullable(f.name() != "row")).collect::<Vec<_>>(),
+    ))
 }
 
 /// Moves the rows without text, or without an identifier where there should be one, to the rejects.
 fn keep_usable(batch: &RecordBatch, id_column: Option<&str>, mut rejects: Vec<Reject>) -> Result<Rows> {
     let (rows, ids, texts) = (batch.column(0), batch.column(1).as_string_view(), batch.column(2).as_string_view());
-    let rows = rows.as_primitive::<arrow::datatypes::UInt64Type>();
+    let rows = rows.as_primitive::<arrow::datatypes::Int64Type>();
     let reason = |i: usize| match () {
         () if texts.is_null(i) => Some("the text is null".to_owned()),
         () if texts.value(i).trim_ascii().is_empty() => Some("the text is empty".to_owned()),
@@ -246,7 +266,8 @@ fn keep_usable(batch: &RecordBatch, id_column: Option<&str>, mut rejects: Vec<Re
         usable.push(reason.is_none());
         rejects.extend(reason.map(|reason| Reject { row: rows.value(i), reason }));
     }
-    let kept = filter_record_batch(batch, &BooleanArray::from(usable)).and_then(|b| b.with_schema(nullable())).map_err(unreadable)?;
+    let kept =
+        filter_record_batch(batch, &BooleanArray::from(usable)).and_then(|b| b.with_schema(nullable())).map_err(unreadable)?;
     let batch = RecordBatch::try_new(schema(), kept.columns().to_vec()).map_err(unreadable)?;
     Ok(Rows { batch, rejects, consumed: 0 })
 }
@@ -255,7 +276,7 @@ struct Lines {
     lines: BufReader<Box<dyn Read + Send>>,
     text: String,
     id: Option<String>,
-    line: u64,
+    line: i64,
     buffer: Vec<u8>,
     ended: bool,
     consumed: Arc<AtomicU64>,
@@ -281,10 +302,10 @@ impl Lines {
         let (mut rejects, mut bytes) = (Vec::new(), 0);
         while !self.ended && bytes < BATCH_BYTES && rows.len() + rejects.len() < BATCH_ROWS {
             self.buffer.clear();
-            let read = self.lines.read_until(b'\n', &mut self.buffer).map_err(|e| unreadable(e).at(self.line + 1, 1))?;
+            let read = self.read_line().map_err(|e| unreadable(e).at(self.line as u64 + 1, 1))?;
             self.ended = read == 0;
             if self.buffer.trim_ascii().is_empty() {
-                self.line += u64::from(!self.ended);
+                self.line += i64::from(!self.ended);
                 continue;
             }
             bytes += read;
@@ -302,16 +323,28 @@ impl Lines {
         if rows.is_empty() && rejects.is_empty() {
             return Ok(None);
         }
-        let columns: Vec<ArrayRef> = vec![Arc::new(UInt64Array::from(rows)), Arc::new(ids.finish()), Arc::new(texts.finish())];
+        let columns: Vec<ArrayRef> = vec![Arc::new(Int64Array::from(rows)), Arc::new(ids.finish()), Arc::new(texts.finish())];
         let batch = RecordBatch::try_new(nullable(), columns).map_err(unreadable)?;
         let consumed = self.consumed.swap(0, Ordering::Relaxed);
         Ok(Some(Rows { consumed, ..keep_usable(&batch, self.id.as_deref(), rejects)? }))
     }
 
+    /// Reads a line into the buffer, at most one byte more of it than a document may have, and passes over the rest.
+    fn read_line(&mut self) -> std::io::Result<usize> {
+        let read = self.lines.by_ref().take(DOCUMENT_BYTES_MAX as u64 + 1).read_until(b'\n', &mut self.buffer)?;
+        if read > DOCUMENT_BYTES_MAX && self.buffer.last() != Some(&b'\n') {
+            self.lines.skip_until(b'\n')?;
+        }
+        Ok(read)
+    }
+
     /// Text and identifier of the line in the buffer, or why it has none.
     fn document(&self) -> Result<(Option<String>, Option<String>), String> {
         if self.buffer.len() > DOCUMENT_BYTES_MAX {
-            return Err(format!("{} bytes are more than the {DOCUMENT_BYTES_MAX} that one document may have", self.buffer.len()));
+            return Err(format!(
+                "{} bytes are more than the {DOCUMENT_BYTES_MAX} that one document may have",
+                self.buffer.len()
+            ));
         }
         let line = std::str::from_utf8(&self.buffer).map_err(|e| format!("invalid UTF-8 at byte {}", e.valid_up_to() + 1))?;
         let mut deserializer = serde_json::Deserializer::from_str(line);
@@ -394,7 +427,7 @@ mod tests {
     use super::*;
     use std::io::Write;
 
-    fn read(name: &str, content: &[u8], id: Option<&str>) -> Result<(Vec<(u64, String)>, Vec<Reject>)> {
+    fn read(name: &str, content: &[u8], id: Option<&str>) -> Result<(Vec<(i64, String)>, Vec<Reject>)> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, content).unwrap();
@@ -402,7 +435,7 @@ mod tests {
         let (mut documents, mut rejects) = (Vec::new(), Vec::new());
         for rows in file.read()? {
             let rows = rows?;
-            let numbers = rows.batch.column(0).as_primitive::<arrow::datatypes::UInt64Type>();
+            let numbers = rows.batch.column(0).as_primitive::<arrow::datatypes::Int64Type>();
             let texts = rows.batch.column(2).as_string_view();
             documents.extend((0..rows.batch.num_rows()).map(|i| (numbers.value(i), texts.value(i).to_owned())));
             rejects.extend(rows.rejects);

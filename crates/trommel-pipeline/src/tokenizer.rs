@@ -10,7 +10,9 @@ use datafusion::error::DataFusionError;
 use datafusion::logical_expr::{ColumnarValue, ScalarUDF, Volatility, create_udf};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer, TokenizerBuilder};
+use tokenizers::{
+    AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer, TokenizerBuilder,
+};
 use trommel_core::error::{Error, Result};
 use trommel_core::storage::write_bytes;
 use trommel_spec::pipeline;
@@ -41,12 +43,13 @@ pub fn run(engine: &Engine, outputs: &Outputs, spec: &pipeline::Tokenizer) -> Re
 
 fn train<'a>(texts: impl Iterator<Item = &'a str> + Send, vocab: usize) -> Result<Tokenizer> {
     let failed = |e: tokenizers::Error| Error::internal("the tokenizer cannot be trained").source(e);
-    let mut tokenizer = TokenizerBuilder::<BPE, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>::new()
-        .with_model(BPE::default())
-        .with_pre_tokenizer(Some(ByteLevel::new(false, true, true).into()))
-        .with_decoder(Some(ByteLevel::default().into()))
-        .build()
-        .map_err(failed)?;
+    let mut tokenizer =
+        TokenizerBuilder::<BPE, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>::new()
+            .with_model(BPE::default())
+            .with_pre_tokenizer(Some(ByteLevel::new(false, true, true).into()))
+            .with_decoder(Some(ByteLevel::default().into()))
+            .build()
+            .map_err(failed)?;
     let mut trainer = BpeTrainer::builder()
         .vocab_size(vocab)
         .min_frequency(2)
@@ -91,7 +94,8 @@ impl Encoder {
         // A text that spells out a special token is still text.
         tokenizer.set_encode_special_tokens(true);
         let end_of_text = END_OF_TEXT_NAMES.iter().find_map(|name| tokenizer.token_to_id(name));
-        let end_of_text = end_of_text.ok_or_else(|| Error::internal("the tokenizer has no end-of-text token").file(path.display()))?;
+        let end_of_text =
+            end_of_text.ok_or_else(|| Error::internal("the tokenizer has no end-of-text token").file(path.display()))?;
         let vocab = tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id + 1);
         Ok(Encoder { tokenizer: Arc::new(tokenizer), vocab, end_of_text })
     }

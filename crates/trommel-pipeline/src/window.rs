@@ -3,7 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, AsArray, ListArray, StringArray, StringViewBuilder, StructArray, UInt32Array, UInt64Array};
+use arrow::array::{
+    ArrayRef, AsArray, Int32Array, Int64Array, ListArray, StringArray, StringViewBuilder, StructArray, UInt32Array,
+};
 use arrow::buffer::{Buffer, OffsetBuffer};
 use arrow::datatypes::{DataType, Field, Fields};
 use datafusion::error::{DataFusionError, Result};
@@ -51,8 +53,8 @@ fn cut_point(text: &str, bytes_max: usize) -> usize {
 fn window_fields() -> Fields {
     Fields::from(vec![
         Field::new("window", DataType::UInt32, false),
-        Field::new("byte_start", DataType::UInt64, false),
-        Field::new("byte_len", DataType::UInt32, false),
+        Field::new("byte_start", DataType::Int64, false),
+        Field::new("byte_len", DataType::Int32, false),
         Field::new("text", DataType::Utf8View, false),
     ])
 }
@@ -83,15 +85,15 @@ fn windows(texts: &ArrayRef, bytes_max: usize, item: &Arc<Field>) -> Result<List
                 None => parts.append_value(&text[range.clone()]),
             }
             numbers.push(offset(number)?);
-            starts.push(range.start as u64);
-            lengths.push(offset(range.len())?);
+            starts.push(range.start as i64);
+            lengths.push(range.len() as i32);
         }
         counts.push(numbers.len() - before);
     }
     let columns: Vec<ArrayRef> = vec![
         Arc::new(UInt32Array::from(numbers)),
-        Arc::new(UInt64Array::from(starts)),
-        Arc::new(UInt32Array::from(lengths)),
+        Arc::new(Int64Array::from(starts)),
+        Arc::new(Int32Array::from(lengths)),
         Arc::new(parts.finish()),
     ];
     let structs = StructArray::try_new(window_fields(), columns, None)?;
@@ -106,7 +108,8 @@ fn offset(n: usize) -> Result<u32> {
 pub fn content_key_function() -> ScalarUDF {
     let compute = |arguments: &[ColumnarValue]| -> Result<ColumnarValue> {
         let texts = ColumnarValue::values_to_arrays(arguments)?;
-        let keys: StringArray = texts[0].as_string_view().iter().map(|t| t.map(|t| Key::of_bytes(t.as_bytes()).to_string())).collect();
+        let keys: StringArray =
+            texts[0].as_string_view().iter().map(|t| t.map(|t| Key::of_bytes(t.as_bytes()).to_string())).collect();
         Ok(ColumnarValue::Array(Arc::new(keys)))
     };
     create_udf("content_key", vec![DataType::Utf8View], DataType::Utf8, Volatility::Immutable, Arc::new(compute))
@@ -118,7 +121,16 @@ mod tests {
 
     #[test]
     fn windows_cover_a_text_and_respect_the_limit() {
-        let texts = ["", "a", "a b", &"x".repeat(1000), &"word ".repeat(999), &"é".repeat(777), &" \n".repeat(300), &"日本 語".repeat(200)];
+        let texts = [
+            "",
+            "a",
+            "a b",
+            &"x".repeat(1000),
+            &"word ".repeat(999),
+            &"é".repeat(777),
+            &" \n".repeat(300),
+            &"日本 語".repeat(200),
+        ];
         for text in texts {
             for bytes_max in [1, 16, 100, 5000] {
                 let ranges: Vec<_> = cut(text, bytes_max).collect();
@@ -140,7 +152,8 @@ mod tests {
 
     #[test]
     fn a_long_document_is_not_copied_per_window() {
-        let texts: ArrayRef = Arc::new(arrow::array::StringViewArray::from_iter_values(["short one", &"long text ".repeat(50)]));
+        let texts: ArrayRef =
+            Arc::new(arrow::array::StringViewArray::from_iter_values(["short one", &"long text ".repeat(50)]));
         let item = Arc::new(Field::new("item", DataType::Struct(window_fields()), false));
         let list = windows(&texts, 64, &item).unwrap();
         assert_eq!(list.value_length(0), 1);

@@ -287,7 +287,7 @@ impl Cluster {
 
     /// Number of leaves.
     pub fn leaves(&self) -> u64 {
-        self.levels().iter().map(|&n| u64::from(n)).product()
+        self.levels().iter().fold(1, |product, &n| u64::saturating_mul(product, u64::from(n)))
     }
 
     /// The multiple of the uniform share above which a cluster is split, if any.
@@ -297,7 +297,7 @@ impl Cluster {
 
     /// Windows that the clustering is fitted on.
     pub fn sample(&self) -> u64 {
-        self.sample.map_or(256 * self.leaves(), |c| c.0)
+        self.sample.map_or(self.leaves().saturating_mul(256), |c| c.0)
     }
 
     /// Rounds of k-means.

@@ -113,7 +113,12 @@ fn contradictions(document: &Document, spec: &Pipeline) -> Vec<Error> {
         let plain = name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "-_".contains(c)) && !name.is_empty();
         let pointer = format!("/domains/{name}");
         require(plain, &pointer, format!("`{name}` cannot name a domain"), "use lower-case letters, digits, `-` and `_`");
-        require(name != CORPUS, &pointer, "`corpus` cannot name a domain".into(), "the generic corpus has this name in every table");
+        require(
+            name != CORPUS,
+            &pointer,
+            "`corpus` cannot name a domain".into(),
+            "the generic corpus has this name in every table",
+        );
     }
     let cluster = &spec.cluster;
     require(
@@ -122,7 +127,12 @@ fn contradictions(document: &Document, spec: &Pipeline) -> Vec<Error> {
         "`cluster.k` and `cluster.levels` exclude each other".into(),
         "keep `k` for flat k-means or `levels` for a tree",
     );
-    require(cluster.levels().iter().all(|&n| n >= 2), "/cluster/levels", "a level needs at least 2 children".into(), "such as `[32, 32]`");
+    require(
+        cluster.levels().iter().all(|&n| n >= 2),
+        "/cluster/levels",
+        "a level needs at least 2 children".into(),
+        "such as `[32, 32]`",
+    );
     let leaves = cluster.leaves();
     require(leaves <= 1 << 24, "/cluster/levels", format!("{leaves} clusters are too many"), "at most 16,777,216");
     require(
@@ -139,7 +149,12 @@ fn contradictions(document: &Document, spec: &Pipeline) -> Vec<Error> {
         "keep one of them",
     );
     if let Some(path) = &tokenizer.path {
-        require(path.is_file(), "/shard/tokenizer/path", format!("`{}` is not a file", path.display()), "name a `tokenizer.json`");
+        require(
+            path.is_file(),
+            "/shard/tokenizer/path",
+            format!("`{}` is not a file", path.display()),
+            "name a `tokenizer.json`",
+        );
     }
     let model = &spec.embed.model;
     require(
@@ -150,10 +165,16 @@ fn contradictions(document: &Document, spec: &Pipeline) -> Vec<Error> {
     );
     for (name, value) in [("temperature", spec.weigh.temperature), ("max_epochs", spec.weigh.max_epochs)] {
         let positive = value.is_none_or(|v| v > 0.0 && v.is_finite());
-        require(positive, &format!("/weigh/{name}"), format!("`weigh.{name}` must be above 0"), "leave it out to switch it off");
+        require(
+            positive,
+            &format!("/weigh/{name}"),
+            format!("`weigh.{name}` must be above 0"),
+            "leave it out to switch it off",
+        );
     }
     let mut counts = vec![("/resample/tokens", spec.resample.tokens), ("/shard/shard_tokens", spec.shard.shard_tokens)];
     counts.extend(spec.train.as_ref().map(|t| ("/train/tokens", t.tokens)));
+    counts.extend(spec.finetune.as_ref().map(|f| ("/finetune/tokens", f.tokens)));
     for (pointer, count) in counts {
         let name = pointer.trim_start_matches('/').replace('/', ".");
         require(count.0 > 0, pointer, format!("`{name}` must be above 0"), "such as `20M`");
@@ -168,12 +189,21 @@ pub fn find(pattern: &str) -> Result<Vec<PathBuf>, (String, String)> {
     if path.is_dir() {
         let mut found = Vec::new();
         walk(path, &mut found).map_err(|e| (format!("cannot list `{pattern}`: {e}"), "check its permissions".to_owned()))?;
-        return if found.is_empty() { Err((format!("the folder `{pattern}` holds no readable file"), supported())) } else { Ok(found) };
+        return if found.is_empty() {
+            Err((format!("the folder `{pattern}` holds no readable file"), supported()))
+        } else {
+            Ok(found)
+        };
     }
     if path.is_file() {
-        return if readable(path) { Ok(vec![path.to_owned()]) } else { Err((format!("the kind of `{pattern}` is unknown"), supported())) };
+        return if readable(path) {
+            Ok(vec![path.to_owned()])
+        } else {
+            Err((format!("the kind of `{pattern}` is unknown"), supported()))
+        };
     }
-    let matches = glob::glob(pattern).map_err(|e| (format!("`{pattern}` is not a valid pattern: {e}"), "quote special characters".to_owned()))?;
+    let matches = glob::glob(pattern)
+        .map_err(|e| (format!("`{pattern}` is not a valid pattern: {e}"), "quote special characters".to_owned()))?;
     let found: Vec<PathBuf> = matches.flatten().filter(|p| p.is_file() && readable(p)).collect();
     if found.is_empty() {
         let hint = format!("relative paths start from the working directory; {}", supported());
@@ -242,7 +272,9 @@ mod tests {
                 "p.yaml:4:12: `resample.tokens` is `many`, but must be a whole number such as `250000`, `250k` or `20M`",
             ]
         );
-        let found = check(&format!("{HEAD}domains: {{corpus: {{train: src/*.rs}}}}\nresample: {{tokens: 0}}\ncluster: {{k: 4, levels: [2, 2]}}\n"));
+        let found = check(&format!(
+            "{HEAD}domains: {{corpus: {{train: src/*.rs}}}}\nresample: {{tokens: 0}}\ncluster: {{k: 4, levels: [2, 2]}}\n"
+        ));
         assert_eq!(found.len(), 5, "{found:#?}");
         assert!(found[1].starts_with("p.yaml:5:18: `cluster.k` and `cluster.levels` exclude each other"), "{found:#?}");
     }

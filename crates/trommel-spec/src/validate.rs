@@ -81,7 +81,8 @@ fn describe(document: &Document, schema: &Value, error: &jsonschema::ValidationE
             vec![document.error(&pointer, format!("the key `{key}` is missing{within}"))]
         }
         ValidationErrorKind::Enum { options } => {
-            let known: Vec<String> = options.as_array().into_iter().flatten().filter_map(|o| o.as_str().map(str::to_owned)).collect();
+            let known: Vec<String> =
+                options.as_array().into_iter().flatten().filter_map(|o| o.as_str().map(str::to_owned)).collect();
             let wrong = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
             vec![document.error(&pointer, format!("`{name}` cannot be `{wrong}`")).hint(nearest(&wrong, &known))]
         }

@@ -28,7 +28,11 @@ impl Document {
         match parsed.as_slice() {
             [] => {}
             [root] => document.value = document.convert(root, "")?,
-            _ => return Err(Error::config("the file holds more than one YAML document").file(file).hint("remove the `---` lines")),
+            _ => {
+                return Err(Error::config("the file holds more than one YAML document")
+                    .file(file)
+                    .hint("remove the `---` lines"));
+            }
         }
         if document.value.is_null() {
             document.value = Value::Object(Map::new());
@@ -95,7 +99,8 @@ impl Document {
     }
 
     fn overlay(&mut self, overlay: &str) -> Result<()> {
-        let wrong = |message: String| Error::config(message).hint("write `--set key=value`, such as `--set resample.tokens=5M`");
+        let wrong =
+            |message: String| Error::config(message).hint("write `--set key=value`, such as `--set resample.tokens=5M`");
         let Some((path, text)) = overlay.split_once('=') else {
             return Err(wrong(format!("`--set {overlay}` has no `=`")));
         };
@@ -105,7 +110,9 @@ impl Document {
         let mut target = &mut self.value;
         let keys: Vec<&str> = path.split('.').collect();
         for key in &keys[..keys.len() - 1] {
-            let Value::Object(object) = target else { return Err(wrong(format!("`{path}`: `{key}` is inside a value that is no mapping"))) };
+            let Value::Object(object) = target else {
+                return Err(wrong(format!("`{path}`: `{key}` is inside a value that is no mapping")));
+            };
             target = object.entry(key.to_string()).or_insert_with(|| Value::Object(Map::new()));
             if target.is_null() {
                 *target = Value::Object(Map::new());

@@ -82,8 +82,8 @@ const PILES: usize = 8;
 
 /// Deals the sequences of a source like cards, so that those of one step come from different documents.
 ///
-/// A window of the corpus fills several sequences, and a step of neighbours would see little else. [`BLOCK`] sequences are
-/// read at a time and laid out as [`PILES`] piles of neighbours; then one is taken from each pile in turn.
+/// A window of the corpus fills several sequences, and a step of neighbours would see little else. `BLOCK` sequences are
+/// read at a time and laid out as `PILES` piles of neighbours; then one is taken from each pile in turn.
 #[derive(Debug)]
 pub struct Dealer<S: Source> {
     source: S,

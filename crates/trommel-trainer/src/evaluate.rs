@@ -1,7 +1,7 @@
 //! How well a model predicts held-out documents.
 //!
 //! Every token of each document is scored once, given what precedes it in the document, from the start token on; what a
-//! row holds, and what becomes of documents longer than the context, is in [`scoring_rows`].
+//! row holds, and what becomes of documents longer than the context, is in `documents::scoring_rows`.
 
 use std::path::Path;
 

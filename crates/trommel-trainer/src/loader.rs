@@ -1,7 +1,7 @@
 //! The stream of training tokens of a folder of shards.
 //!
 //! Windows are read in the order of the manifest, each followed by the end-of-text token; after the last shard the first
-//! one begins again. A place in the stream is a few numbers ([`Position`]), so a run continues exactly where it stopped.
+//! one begins again. A place in the stream is a few numbers (`Position`), so a run continues exactly where it stopped.
 //! One record batch is in memory at a time.
 
 use std::fs::File;

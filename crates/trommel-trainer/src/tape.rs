@@ -1,4 +1,4 @@
-//! The model on candle's tape, for devices other than the CPU, and as the oracle of [`crate::native`] in the tests.
+//! The model on candle's tape, for devices other than the CPU, and as the oracle of `crate::native` in the tests.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use trommel_kernels::adamw::Factors;

@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 /// Screens a generic corpus for the part that one domain needs, and trains the small model on it.
 #[derive(Debug, Parser)]
 #[command(name = "trommel", version, max_term_width = 110)]
-pub struct Arguments {
+pub(crate) struct Arguments {
     /// Threads to work with [default: one per core].
     #[arg(long, global = true, value_name = "N", value_parser = threads)]
     pub(crate) threads: Option<usize>,
@@ -23,7 +23,7 @@ fn threads(text: &str) -> Result<usize, String> {
 }
 
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Run a pipeline: window, embed, cluster, weigh, resample, shard, and compare models trained on the result.
     Run(RunArguments),
     /// Check a pipeline file and print every mistake with line and column.
@@ -48,7 +48,7 @@ pub enum Command {
 
 /// A pipeline file and what replaces parts of it.
 #[derive(Debug, Args)]
-pub struct PipelineArguments {
+pub(crate) struct PipelineArguments {
     /// The pipeline file (YAML).
     pub(crate) pipeline: PathBuf,
     /// Replace a value of the file, such as `--set resample.tokens=5M`; may be given many times.
@@ -60,7 +60,7 @@ pub struct PipelineArguments {
 }
 
 #[derive(Debug, Args)]
-pub struct RunArguments {
+pub(crate) struct RunArguments {
     #[command(flatten)]
     pub(crate) pipeline: PipelineArguments,
     /// Stop after this stage.
@@ -74,7 +74,7 @@ pub struct RunArguments {
 }
 
 #[derive(Debug, Args)]
-pub struct PlanArguments {
+pub(crate) struct PlanArguments {
     #[command(flatten)]
     pub(crate) pipeline: PipelineArguments,
     /// Print one JSON object instead of a table.
@@ -84,7 +84,7 @@ pub struct PlanArguments {
 
 /// A stage to stop after.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-pub enum Until {
+pub(crate) enum Until {
     Windows,
     Embed,
     Cluster,
@@ -100,14 +100,14 @@ pub enum Until {
 }
 
 #[derive(Debug, Args)]
-pub struct DeviceArgument {
+pub(crate) struct DeviceArgument {
     /// Where to train: `auto`, `cpu` or `cuda:N`.
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     pub(crate) device: String,
 }
 
 #[derive(Debug, Args)]
-pub struct SqlArguments {
+pub(crate) struct SqlArguments {
     /// A run directory, or the pipeline file that made it.
     pub(crate) run: PathBuf,
     /// The query.
@@ -120,7 +120,7 @@ pub struct SqlArguments {
 
 /// How rows are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Format {
+pub(crate) enum Format {
     Table,
     Csv,
     Json,
@@ -128,7 +128,7 @@ pub enum Format {
 }
 
 #[derive(Debug, Args)]
-pub struct TrainArguments {
+pub(crate) struct TrainArguments {
     /// The training file (YAML).
     pub(crate) training: PathBuf,
     /// Replace a value of the file; may be given many times.
@@ -143,7 +143,7 @@ pub struct TrainArguments {
 
 /// Documents of a domain.
 #[derive(Debug, Args)]
-pub struct DocumentsArgument {
+pub(crate) struct DocumentsArgument {
     /// File, folder or glob of documents (Parquet or JSON lines).
     pub(crate) documents: String,
     /// The column that holds the text.
@@ -152,7 +152,7 @@ pub struct DocumentsArgument {
 }
 
 #[derive(Debug, Args)]
-pub struct FinetuneArguments {
+pub(crate) struct FinetuneArguments {
     /// The checkpoint to start from, such as `runs/NAME/checkpoint`.
     pub(crate) checkpoint: PathBuf,
     #[command(flatten)]
@@ -179,7 +179,7 @@ fn count(text: &str) -> Result<u64, String> {
 }
 
 #[derive(Debug, Args)]
-pub struct EvalArguments {
+pub(crate) struct EvalArguments {
     /// The checkpoint.
     pub(crate) checkpoint: PathBuf,
     #[command(flatten)]
@@ -192,7 +192,7 @@ pub struct EvalArguments {
 }
 
 #[derive(Debug, Args)]
-pub struct GenerateArguments {
+pub(crate) struct GenerateArguments {
     /// The checkpoint.
     pub(crate) checkpoint: PathBuf,
     /// The text to continue.
@@ -219,7 +219,7 @@ fn temperature(text: &str) -> Result<f64, String> {
 }
 
 #[derive(Debug, Args)]
-pub struct DistillArguments {
+pub(crate) struct DistillArguments {
     /// Folder of a sentence-transformers model of the BERT family.
     pub(crate) encoder: PathBuf,
     /// Folder of the new table; use it as `embed.model`.
@@ -230,7 +230,7 @@ pub struct DistillArguments {
 }
 
 #[derive(Debug, Args)]
-pub struct SchemaArguments {
+pub(crate) struct SchemaArguments {
     /// Which file format.
     #[arg(value_enum, default_value_t = SchemaKind::Pipeline)]
     pub(crate) kind: SchemaKind,
@@ -238,7 +238,7 @@ pub struct SchemaArguments {
 
 /// The file formats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum SchemaKind {
+pub(crate) enum SchemaKind {
     /// What `trommel run` reads.
     Pipeline,
     /// What `trommel train` reads.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::Device;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use trommel_core::error::{Error, Result};
 use trommel_core::key::Key;
 use trommel_core::manifest::Manifest;
@@ -33,7 +33,7 @@ use crate::table::table;
 
 /// One row of the comparison. [contract]
 #[derive(Debug, Clone, Serialize)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     domain: String,
     method: &'static str,
     stage: &'static str,
@@ -56,6 +56,15 @@ struct Candidate {
     cost: Cost,
 }
 
+/// The documents of one domain.
+struct DomainDocuments {
+    name: String,
+    train: Vec<String>,
+    validation: Vec<String>,
+    /// Empty for a domain without a test set.
+    test: Vec<String>,
+}
+
 /// What a model took to train.
 #[derive(Debug, Clone, Copy, Default)]
 struct Cost {
@@ -65,7 +74,7 @@ struct Cost {
 }
 
 /// The methods of a plan, over the shards of its run.
-pub struct Comparison<'a> {
+pub(crate) struct Comparison<'a> {
     pub(crate) plan: &'a Plan,
     pub(crate) outputs: &'a Outputs,
     pub(crate) device: &'a Device,
@@ -87,17 +96,45 @@ fn pretrainings(plan: &Plan, train: &Train) -> Vec<(Method, Option<String>)> {
     models
 }
 
+/// What every kind of training keeps of its progress.
+#[derive(Deserialize)]
+struct State {
+    finished: bool,
+}
+
 /// The state of the stages that follow the shards.
-pub fn survey(plan: &Plan) -> Result<Vec<StageReport>> {
+pub(crate) fn survey(plan: &Plan) -> Result<Vec<StageReport>> {
     let Some(train) = &plan.spec.train else { return Ok(Vec::new()) };
     let embedder = trommel_embed::load::load(&plan.spec.embed.model)?;
     let outputs = Outputs::of(plan, embedder.key())?;
-    let whole = |out: PathBuf| out.join(checkpoint::FOLDER).is_dir();
-    let trained = pretrainings(plan, train).iter().all(|(m, d)| whole(folder(plan, &outputs, "train", *m, d.as_deref())));
-    let mut finetunings = train.methods.iter().flat_map(|m| plan.spec.domains.keys().map(move |d| (*m, d)));
-    let tuned = finetunings.all(|(m, d)| whole(folder(plan, &outputs, "finetune", m, Some(d))));
+    let whole = |out: PathBuf| -> Result<bool> {
+        let state: Option<State> = checkpoint::read_state(&out.join(checkpoint::FOLDER))?;
+        Ok(state.is_some_and(|s| s.finished))
+    };
+    let (mut trained, mut tuned, mut evaluated) = (true, true, true);
+    let evaluations: Vec<String> = std::fs::read_dir(plan.run_dir.join("eval"))
+        .map(|entries| entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect())
+        .unwrap_or_default();
+    let mut expect = |stage: &str, out: &Path, domain: &str| {
+        let start = format!("{stage}-{}-on-{domain}-", out.file_name().unwrap_or_default().to_string_lossy());
+        evaluated &= evaluations.iter().any(|name| name.starts_with(&start));
+    };
+    for (method, domain) in pretrainings(plan, train) {
+        let out = folder(plan, &outputs, "train", method, domain.as_deref());
+        trained &= whole(out.clone())?;
+        let served = plan.domains.iter().filter(|d| d.test.is_some() && domain.as_ref().is_none_or(|n| *n == d.train.name));
+        served.for_each(|d| expect("pretrained", &out, &d.train.name));
+    }
+    let methods = train.methods.iter().filter(|&&m| m == Method::SlmNopt || plan.spec.finetune.is_some());
+    for (method, domain) in methods.flat_map(|m| plan.domains.iter().map(move |d| (*m, d))) {
+        let out = folder(plan, &outputs, "finetune", method, Some(&domain.train.name));
+        tuned &= whole(out.clone())?;
+        if domain.test.is_some() {
+            expect("finetuned", &out, &domain.train.name);
+        }
+    }
     let report = |stage: &str, cached| StageReport { stage: stage.to_owned(), cached, seconds: 0.0, rows: None, bytes: None };
-    Ok(vec![report("train", trained), report("finetune", tuned), report("eval", trained && tuned)])
+    Ok(vec![report("train", trained), report("finetune", tuned), report("eval", evaluated)])
 }
 
 /// The folder of one training: its name says what it is, its key says what it depends on.
@@ -118,18 +155,20 @@ impl Comparison<'_> {
     /// Trains, fine-tunes and evaluates, up to and including the stage `until`.
     pub(crate) fn run(&self, until: Until) -> Result<(Vec<StageReport>, Vec<Outcome>)> {
         let Some(train) = &self.plan.spec.train else { return Ok((Vec::new(), Vec::new())) };
+        // Everything is read before the first model is trained: a mistake in a test set must not show hours later.
+        let domains = self.plan.domains.iter().map(|d| self.documents(d)).collect::<Result<Vec<_>>>()?;
         let mut reports = Vec::new();
         let (candidates, report) = self.timed("train", |cached| self.pretrain(train, cached))?;
         reports.push(report);
         let mut all = candidates;
         if until >= Until::Finetune {
-            let (tuned, report) = self.timed("finetune", |cached| self.finetune(train, &all, cached))?;
+            let (tuned, report) = self.timed("finetune", |cached| self.finetune(train, &domains, &all, cached))?;
             reports.push(report);
             all.extend(tuned);
         }
         let mut outcomes = Vec::new();
         if until >= Until::Eval {
-            let (found, report) = self.timed("eval", |cached| self.evaluate(train, &all, cached))?;
+            let (found, report) = self.timed("eval", |cached| self.evaluate(train, &domains, &all, cached))?;
             reports.push(report);
             outcomes = found;
         }
@@ -155,7 +194,10 @@ impl Comparison<'_> {
         let mut candidates = Vec::new();
         for (method, domain) in pretrainings(self.plan, train) {
             let shards = self.shards(domain.as_deref().unwrap_or(CORPUS))?;
-            let model = trommel_trainer::model::Config { context: train.context as usize, ..preset(&train.model, Manifest::read(shards)?.vocab as usize)? };
+            let model = trommel_trainer::model::Config {
+                context: train.context as usize,
+                ..preset(&train.model, Manifest::read(shards)?.vocab as usize)?
+            };
             let plan = PretrainPlan {
                 recipe: Recipe { schedule: schedule(train.schedule), ..Recipe::pretraining(&model, train.tokens.0) },
                 model,
@@ -175,16 +217,24 @@ impl Comparison<'_> {
         Ok(candidates)
     }
 
-    fn finetune(&self, train: &Train, pretrained: &[Candidate], cached: &mut bool) -> Result<Vec<Candidate>> {
+    fn finetune(
+        &self,
+        train: &Train,
+        domains: &[DomainDocuments],
+        pretrained: &[Candidate],
+        cached: &mut bool,
+    ) -> Result<Vec<Candidate>> {
         let mut candidates = Vec::new();
-        for domain in &self.plan.domains {
-            let name = &domain.train.name;
-            let (documents, validation) = split(&domain.train, self.plan.spec.seed)?;
+        for domain in domains {
+            let name = &domain.name;
             for &method in &train.methods {
                 let before = pretrained.iter().find(|c| c.method == method && c.domain.as_ref().is_none_or(|d| d == name));
                 let tokenizer = self.shards(name)?.join(Manifest::TOKENIZER);
                 let manifest = Manifest::read(self.shards(name)?)?;
-                let model = trommel_trainer::model::Config { context: train.context as usize, ..preset(&train.model, manifest.vocab as usize)? };
+                let model = trommel_trainer::model::Config {
+                    context: train.context as usize,
+                    ..preset(&train.model, manifest.vocab as usize)?
+                };
                 let (start, tokens, recipe) = match (before, &self.plan.spec.finetune) {
                     (Some(before), Some(finetune)) => {
                         let recipe = Recipe::finetuning(&model, finetune.tokens.0);
@@ -200,8 +250,8 @@ impl Comparison<'_> {
                 };
                 let plan = FinetunePlan {
                     start,
-                    train: documents.clone(),
-                    validation: validation.clone(),
+                    train: domain.train.clone(),
+                    validation: domain.validation.clone(),
                     tokenizer,
                     context: train.context as usize,
                     tokens,
@@ -225,14 +275,18 @@ impl Comparison<'_> {
         Ok(candidates)
     }
 
-    fn evaluate(&self, train: &Train, candidates: &[Candidate], cached: &mut bool) -> Result<Vec<Outcome>> {
+    fn evaluate(
+        &self,
+        train: &Train,
+        domains: &[DomainDocuments],
+        candidates: &[Candidate],
+        cached: &mut bool,
+    ) -> Result<Vec<Outcome>> {
         let mut outcomes = Vec::new();
-        for domain in &self.plan.domains {
-            let Some(test) = &domain.test else { continue };
-            let name = &test.name;
-            let documents = read_texts(test)?;
+        for domain in domains.iter().filter(|d| !d.test.is_empty()) {
+            let name = &domain.name;
             for candidate in candidates.iter().filter(|c| c.domain.as_ref().is_none_or(|d| d == name)) {
-                let found = self.evaluation(candidate, domain, &documents, train.context as usize, cached)?;
+                let found = self.evaluation(candidate, domain, train.context as usize, cached)?;
                 outcomes.push(Outcome {
                     domain: name.clone(),
                     method: candidate.method.name(),
@@ -249,26 +303,37 @@ impl Comparison<'_> {
         Ok(outcomes)
     }
 
+    /// The documents of a domain; what cannot be used of them is said.
+    fn documents(&self, domain: &DomainSources) -> Result<DomainDocuments> {
+        let (train, validation) = split(&domain.train, self.plan.spec.seed, self.progress)?;
+        let test = domain.test.as_ref().map(|test| usable_texts(test, self.progress)).transpose()?.unwrap_or_default();
+        Ok(DomainDocuments { name: domain.train.name.clone(), train, validation, test })
+    }
+
     /// The evaluation of one model, kept in a file that is named after the model and the documents.
     fn evaluation(
         &self,
         candidate: &Candidate,
-        domain: &DomainSources,
-        documents: &[String],
+        domain: &DomainDocuments,
         context: usize,
         cached: &mut bool,
     ) -> Result<Evaluation> {
         let trained = candidate.out.file_name().unwrap_or_default().to_string_lossy();
         let parts = [candidate.stage.as_bytes(), trained.as_bytes()];
-        let key = Key::of(parts.into_iter().chain(documents.iter().map(String::as_bytes)));
-        let path = self.plan.run_dir.join("eval").join(format!("{trained}-on-{}-{}.json", domain.train.name, key.short()));
+        let key = Key::of(parts.into_iter().chain(domain.test.iter().map(String::as_bytes)));
+        let path = self.plan.run_dir.join("eval").join(format!(
+            "{}-{trained}-on-{}-{}.json",
+            candidate.stage,
+            domain.name,
+            key.short()
+        ));
         if let Some(found) = std::fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok()) {
             return Ok(found);
         }
         *cached = false;
-        self.progress.line(&format!("evaluating {trained} on {}", domain.train.name));
+        self.progress.line(&format!("evaluating {trained} on {}", domain.name));
         let folder = candidate.out.join(checkpoint::FOLDER);
-        let found = evaluate(&folder, documents, context, self.device, self.progress, self.interrupt)?;
+        let found = evaluate(&folder, &domain.test, context, self.device, self.progress, self.interrupt)?;
         let text = serde_json::to_vec_pretty(&found).map_err(|e| Error::internal("no report").source(e))?;
         write_bytes(&path, &text)?;
         Ok(found)
@@ -282,22 +347,35 @@ fn schedule(schedule: Schedule) -> recipe::Schedule {
     }
 }
 
+/// The usable documents of a source; says how many rows are not.
+pub(crate) fn usable_texts(source: &Source, progress: &dyn Progress) -> Result<Vec<String>> {
+    let found = read_texts(source)?;
+    if let Some((file, first)) = found.rejects.first() {
+        let (count, file) = (found.rejects.len(), file.display());
+        progress.line(&format!(
+            "{count} rows of `{}` are left out, the first one is row {} of `{file}`: {}",
+            source.name, first.row, first.reason
+        ));
+    }
+    Ok(found.texts)
+}
+
 /// The documents to train on, and the tenth of them that early stopping looks at.
-pub fn split(source: &Source, seed: u64) -> Result<(Vec<String>, Vec<String>)> {
+pub(crate) fn split(source: &Source, seed: u64, progress: &dyn Progress) -> Result<(Vec<String>, Vec<String>)> {
     let stream = Stream::new(seed, "validation");
-    let mut documents = read_texts(source)?;
+    let mut documents = usable_texts(source, progress)?;
     documents.sort_by_key(|text| stream.bits(text.as_bytes()));
     let held_out = documents.len().div_ceil(10);
     if documents.len() < 2 {
-        let error = Error::data(format!("`{}` has {} documents, and fine-tuning needs one to train on and one to stop by", source.name, documents.len()));
-        return Err(error.hint("give the domain more training documents, or split a long one"));
+        let message = format!("`{}` has one document, and fine-tuning needs one to train on and one to stop by", source.name);
+        return Err(Error::data(message).hint("give the domain more training documents, or split a long one"));
     }
     let train = documents.split_off(held_out);
     Ok((train, documents))
 }
 
 /// One row per domain and method.
-pub fn result_table(outcomes: &[Outcome]) -> String {
+pub(crate) fn result_table(outcomes: &[Outcome]) -> String {
     let meaning = |method: &str| match method {
         "slm" => "slm (generic)",
         "slm-is" => "slm-is (resampled)",
@@ -323,4 +401,3 @@ pub fn result_table(outcomes: &[Outcome]) -> String {
     });
     table(&["domain", "pretrained on", "before tuning", "fine-tuned", "bits/byte", "tokens", "seconds"], 2, cells)
 }
-

@@ -69,6 +69,10 @@ fn report(error: &anyhow::Error) -> ExitCode {
         mistakes.iter().for_each(|mistake| eprintln!("error: {mistake}\n"));
         return ExitCode::from(mistakes.iter().map(Error::exit_code).max().unwrap_or(2));
     }
+    // `trommel ... | head` has seen enough; that is no failure.
+    if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) {
+        return ExitCode::SUCCESS;
+    }
     eprintln!("error: {error:#}");
     ExitCode::from(error.downcast_ref::<Error>().map_or(1, Error::exit_code))
 }

@@ -22,7 +22,7 @@ use crate::table::{bytes, known, table};
 
 /// Every mistake of a pipeline file.
 #[derive(Debug)]
-pub struct Mistakes(pub Vec<Error>);
+pub(crate) struct Mistakes(pub(crate) Vec<Error>);
 
 impl fmt::Display for Mistakes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -33,7 +33,7 @@ impl fmt::Display for Mistakes {
 impl std::error::Error for Mistakes {}
 
 /// Reads, checks and resolves a pipeline file.
-pub fn load(file: &Path, overlays: &[String], run_dir: Option<&Path>) -> Result<Plan, Mistakes> {
+pub(crate) fn load(file: &Path, overlays: &[String], run_dir: Option<&Path>) -> Result<Plan, Mistakes> {
     let plan = plan::load(file, overlays, run_dir).map_err(Mistakes)?;
     // The presets are the trainer's, so this one check is not the spec's.
     if let Some(train) = &plan.spec.train {
@@ -57,7 +57,7 @@ struct RunReport {
 }
 
 /// Runs a pipeline.
-pub fn run(arguments: &RunArguments, threads: usize, interrupt: Interrupt) -> anyhow::Result<()> {
+pub(crate) fn run(arguments: &RunArguments, threads: usize, interrupt: Interrupt) -> anyhow::Result<()> {
     let plan = load_from(&arguments.pipeline)?;
     let device = device::parse(&arguments.device.device)?;
     let until = arguments.until.unwrap_or(Until::Eval);
@@ -66,7 +66,8 @@ pub fn run(arguments: &RunArguments, threads: usize, interrupt: Interrupt) -> an
     let mut stages = run.stages(last_stage(until))?;
     let mut results = Vec::new();
     if until >= Until::Train && plan.spec.train.is_some() {
-        let comparison = Comparison { plan: &plan, outputs: run.outputs(), device: &device, progress: &*progress, interrupt: &interrupt };
+        let comparison =
+            Comparison { plan: &plan, outputs: run.outputs(), device: &device, progress: &*progress, interrupt: &interrupt };
         let (reports, outcomes) = comparison.run(until)?;
         stages.extend(reports);
         results = outcomes;
@@ -81,7 +82,11 @@ pub fn run(arguments: &RunArguments, threads: usize, interrupt: Interrupt) -> an
     }
     writeln!(out, "{}", stage_table(&report.stages))?;
     if !report.results.is_empty() {
-        writeln!(out, "\nHeld-out perplexity, with its standard error over documents:\n{}", crate::compare::result_table(&report.results))?;
+        writeln!(
+            out,
+            "\nHeld-out perplexity, with its standard error over documents:\n{}",
+            crate::compare::result_table(&report.results)
+        )?;
     }
     if report.stages.iter().all(|s| s.cached) {
         writeln!(out, "Everything was done already.")?;
@@ -111,15 +116,20 @@ fn stage_table(stages: &[StageReport]) -> String {
 }
 
 /// Checks a pipeline file.
-pub fn check(arguments: &PipelineArguments) -> anyhow::Result<()> {
+pub(crate) fn check(arguments: &PipelineArguments) -> anyhow::Result<()> {
     let plan = load_from(arguments)?;
     let files = plan.corpus.files.len();
-    writeln!(std::io::stdout(), "{}: no mistakes; {files} corpus files, {} domains", arguments.pipeline.display(), plan.domains.len())?;
+    writeln!(
+        std::io::stdout(),
+        "{}: no mistakes; {files} corpus files, {} domains",
+        arguments.pipeline.display(),
+        plan.domains.len()
+    )?;
     Ok(())
 }
 
 /// Shows what a run would do.
-pub fn plan(arguments: &PlanArguments) -> anyhow::Result<()> {
+pub(crate) fn plan(arguments: &PlanArguments) -> anyhow::Result<()> {
     let plan = load_from(&arguments.pipeline)?;
     let mut stages = survey(&plan)?;
     stages.extend(crate::compare::survey(&plan)?);
@@ -136,7 +146,7 @@ pub fn plan(arguments: &PlanArguments) -> anyhow::Result<()> {
 }
 
 /// Prints a JSON Schema.
-pub fn schema(arguments: &SchemaArguments) -> anyhow::Result<()> {
+pub(crate) fn schema(arguments: &SchemaArguments) -> anyhow::Result<()> {
     let schema = match arguments.kind {
         SchemaKind::Pipeline => validate::schema::<Pipeline>(),
         SchemaKind::Training => validate::schema::<Training>(),

@@ -8,7 +8,7 @@ use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use trommel_core::progress::Progress;
 
 /// The progress that fits where stderr goes.
-pub fn for_stderr() -> Arc<dyn Progress> {
+pub(crate) fn for_stderr() -> Arc<dyn Progress> {
     if std::io::stderr().is_terminal() { Arc::new(Bars::default()) } else { Arc::new(Lines::default()) }
 }
 
@@ -75,7 +75,8 @@ const INTERVAL: Duration = Duration::from_secs(10);
 impl Lines {
     fn say(&self, step: &mut Step) {
         step.said = Instant::now();
-        let share = step.total.filter(|&t| t > 0).map(|t| format!("{:.0}% of {t} {}", step.done as f64 / t as f64 * 100.0, step.unit));
+        let share =
+            step.total.filter(|&t| t > 0).map(|t| format!("{:.0}% of {t} {}", step.done as f64 / t as f64 * 100.0, step.unit));
         let amount = share.unwrap_or_else(|| format!("{} {}", step.done, step.unit));
         eprintln!("{}: {amount} after {:.0} s  {}", step.name, step.began.elapsed().as_secs_f64(), step.note);
     }

@@ -17,12 +17,9 @@ use trommel_pipeline::{catalog, engine};
 use crate::args::{Format, SqlArguments};
 
 /// Runs the command.
-pub fn run(arguments: &SqlArguments) -> anyhow::Result<()> {
-    let run_dir: PathBuf = if arguments.run.is_file() {
-        crate::pipeline::load(&arguments.run, &[], None)?.run_dir
-    } else {
-        arguments.run.clone()
-    };
+pub(crate) fn run(arguments: &SqlArguments) -> anyhow::Result<()> {
+    let run_dir: PathBuf =
+        if arguments.run.is_file() { crate::pipeline::load(&arguments.run, &[], None)?.run_dir } else { arguments.run.clone() };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let session = SessionContext::new_with_config(SessionConfig::new().with_information_schema(true));
     runtime.block_on(catalog::register(&session, &run_dir))?;
@@ -42,7 +39,9 @@ fn print(rows: &[RecordBatch], format: Format) -> anyhow::Result<()> {
         Format::Table => writeln!(out, "{}", pretty_format_batches(rows)?)?,
         Format::Csv => {
             let mut writer = WriterBuilder::new().build(&mut out);
-            rows.iter().try_for_each(|batch| writer.write(batch)).context("CSV holds plain columns only: select a list or a struct part by part")?;
+            rows.iter()
+                .try_for_each(|batch| writer.write(batch))
+                .context("CSV holds plain columns only: select a list or a struct part by part")?;
         }
         Format::Json => {
             let mut writer = ArrayWriter::new(&mut out);

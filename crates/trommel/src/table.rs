@@ -3,7 +3,7 @@
 use comfy_table::{CellAlignment, Table, presets};
 
 /// A table whose first `texts` columns are texts and whose others are figures, set to the right.
-pub fn table(header: &[&str], texts: usize, rows: impl IntoIterator<Item = Vec<String>>) -> String {
+pub(crate) fn table(header: &[&str], texts: usize, rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED).set_header(header.iter().copied());
     rows.into_iter().for_each(|row| {
@@ -16,11 +16,11 @@ pub fn table(header: &[&str], texts: usize, rows: impl IntoIterator<Item = Vec<S
 }
 
 /// A number that is not known as `-`.
-pub fn known(number: Option<u64>) -> String {
+pub(crate) fn known(number: Option<u64>) -> String {
     number.map_or_else(|| "-".to_owned(), |n| n.to_string())
 }
 
 /// Bytes in a unit that people read.
-pub fn bytes(number: Option<u64>) -> String {
+pub(crate) fn bytes(number: Option<u64>) -> String {
     number.map_or_else(|| "-".to_owned(), |n| bytesize::ByteSize(n).display().si().to_string())
 }

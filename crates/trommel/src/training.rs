@@ -7,7 +7,6 @@ use serde::Serialize;
 use trommel_core::error::{Error, Result};
 use trommel_core::manifest::Manifest;
 use trommel_core::progress::Interrupt;
-use trommel_pipeline::source::read_texts;
 use trommel_spec::pipeline::Schedule;
 use trommel_spec::plan::{self, Source};
 use trommel_spec::training::Training;
@@ -20,12 +19,12 @@ use trommel_trainer::recipe::{self, Recipe};
 use trommel_trainer::{checkpoint, device};
 
 use crate::args::{DistillArguments, DocumentsArgument, EvalArguments, FinetuneArguments, GenerateArguments, TrainArguments};
-use crate::compare::split;
+use crate::compare::{split, usable_texts};
 use crate::pipeline::Mistakes;
 use crate::progress;
 
 /// Pretrains a model on a folder of shards.
-pub fn train(arguments: &TrainArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
+pub(crate) fn train(arguments: &TrainArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
     let document = plan::read(&arguments.training, &arguments.overlays).map_err(Mistakes)?;
     let training: Training = validate::read(&document).map_err(Mistakes)?;
     let device = device::parse(&arguments.device.device)?;
@@ -50,9 +49,10 @@ pub fn train(arguments: &TrainArguments, interrupt: &Interrupt) -> anyhow::Resul
 }
 
 /// Fine-tunes a checkpoint.
-pub fn finetune(arguments: &FinetuneArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
+pub(crate) fn finetune(arguments: &FinetuneArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
     let device = device::parse(&arguments.device.device)?;
-    let (train, validation) = split(&source(&arguments.documents)?, arguments.seed)?;
+    let progress = progress::for_stderr();
+    let (train, validation) = split(&source(&arguments.documents)?, arguments.seed, &*progress)?;
     let config = checkpoint::read_model(&arguments.checkpoint)?.config;
     let plan = FinetunePlan {
         start: Start::Checkpoint(arguments.checkpoint.clone()),
@@ -66,22 +66,23 @@ pub fn finetune(arguments: &FinetuneArguments, interrupt: &Interrupt) -> anyhow:
         patience: 4,
         out: arguments.out.clone(),
     };
-    let report = trommel_trainer::finetune::finetune(&plan, &device, &*progress::for_stderr(), interrupt)?;
+    let report = trommel_trainer::finetune::finetune(&plan, &device, &*progress, interrupt)?;
     print(&report, arguments.json)
 }
 
 /// Evaluates a checkpoint.
-pub fn eval(arguments: &EvalArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
+pub(crate) fn eval(arguments: &EvalArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
     let device = device::parse(&arguments.device.device)?;
-    let documents = read_texts(&source(&arguments.documents)?)?;
-    let context = checkpoint::read_model(&arguments.checkpoint)?.config.context;
     let progress = progress::for_stderr();
-    let report = trommel_trainer::evaluate::evaluate(&arguments.checkpoint, &documents, context, &device, &*progress, interrupt)?;
+    let documents = usable_texts(&source(&arguments.documents)?, &*progress)?;
+    let context = checkpoint::read_model(&arguments.checkpoint)?.config.context;
+    let report =
+        trommel_trainer::evaluate::evaluate(&arguments.checkpoint, &documents, context, &device, &*progress, interrupt)?;
     print(&report, arguments.json)
 }
 
 /// Continues a text.
-pub fn generate(arguments: &GenerateArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
+pub(crate) fn generate(arguments: &GenerateArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
     let device = device::parse(&arguments.device.device)?;
     let sampling = Sampling {
         max_tokens: arguments.max_tokens,
@@ -95,12 +96,17 @@ pub fn generate(arguments: &GenerateArguments, interrupt: &Interrupt) -> anyhow:
 }
 
 /// Makes a static embedding table.
-pub fn distill_embedder(arguments: &DistillArguments) -> anyhow::Result<()> {
+pub(crate) fn distill_embedder(arguments: &DistillArguments) -> anyhow::Result<()> {
     let progress = progress::for_stderr();
     let made = trommel_embed::distill::distill(&arguments.encoder, &arguments.out, arguments.dimensions, &*progress)?;
     let share = made.explained_variance * 100.0;
     let size = bytesize::ByteSize(made.bytes).display().si();
-    writeln!(std::io::stdout(), "{} tokens x {} dimensions, {share:.1}% of the variance, {size}", made.tokens, made.dimensions)?;
+    writeln!(
+        std::io::stdout(),
+        "{} tokens x {} dimensions, {share:.1}% of the variance, {size}",
+        made.tokens,
+        made.dimensions
+    )?;
     Ok(())
 }
 

@@ -60,9 +60,8 @@ fn a_vector_does_not_depend_on_the_other_texts() {
 #[test]
 fn a_vector_does_not_depend_on_threads() {
     for (_folder, model) in models() {
-        let with = |threads| {
-            rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| bits(&*model, &TEXTS))
-        };
+        let with =
+            |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| bits(&*model, &TEXTS));
         assert_eq!(with(1), with(2));
     }
 }

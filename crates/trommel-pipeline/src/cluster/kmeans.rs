@@ -107,7 +107,14 @@ fn revive_empty(sample: &[f32], dimensions: usize, nearest: &[Nearest], members:
 }
 
 /// Gives each too large cluster a second centroid, one of its own rows, taken from the smallest clusters.
-fn split_large(sample: &[f32], dimensions: usize, members: &[Vec<u32>], limit: f64, points: &mut [f32], generator: &mut ChaCha8Rng) {
+fn split_large(
+    sample: &[f32],
+    dimensions: usize,
+    members: &[Vec<u32>],
+    limit: f64,
+    points: &mut [f32],
+    generator: &mut ChaCha8Rng,
+) {
     let rows: usize = members.iter().map(Vec::len).sum();
     let largest_allowed = limit * rows as f64 / members.len() as f64;
     let mut by_size: Vec<usize> = (0..members.len()).collect();

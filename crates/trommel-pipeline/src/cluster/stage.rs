@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, FixedSizeListArray, Float32Array, RecordBatch, UInt32Array};
-use arrow::datatypes::{DataType, Field, Float32Type, Schema, SchemaRef, UInt32Type};
+use arrow::datatypes::{DataType, Field, Float32Type, Schema, SchemaRef, UInt32Type, UInt64Type};
 use trommel_core::error::{Error, Result};
 use trommel_spec::pipeline::Pipeline;
 
@@ -25,8 +25,10 @@ pub fn run(engine: &Engine, outputs: &Outputs, spec: &Pipeline, windows: u64) ->
     let rows = sample.len() / dimensions.max(1);
     let leaves = spec.cluster.leaves();
     if (rows as u64) < leaves {
-        return Err(Error::config(format!("{leaves} clusters need at least as many windows to be fitted on, and there are {rows}"))
-            .hint("lower `cluster.k` (or `cluster.levels`), or add to the corpus"));
+        return Err(Error::config(format!(
+            "{leaves} clusters need at least as many windows to be fitted on, and there are {rows}"
+        ))
+        .hint("lower `cluster.k` (or `cluster.levels`), or add to the corpus"));
     }
     let nodes = fit(&sample, dimensions, &settings);
     write(&outputs.clusters, &nodes, dimensions)
@@ -38,18 +40,23 @@ fn sample(engine: &Engine, outputs: &Outputs, spec: &Pipeline, windows: u64) -> 
     let files: Vec<&Path> = outputs.corpus().map(|u| u.embeddings.as_path()).collect();
     engine.register(&session, "embeddings", &files)?;
     let limit = spec.cluster.sample();
-    // Priorities are uniform, so this bound keeps a little more than `limit` windows and spares the sort the rest.
+    // Priorities are uniform, so this bound passes a little more than `limit` windows.
     let share = (limit as f64 * 1.1 + 1000.0) / windows.max(1) as f64;
     let highest = if share < 1.0 { (share * u64::MAX as f64) as u64 } else { u64::MAX };
-    let sql = include_str!("../sql/cluster_sample.sql").replace("{limit}", &limit.to_string()).replace("{highest}", &highest.to_string());
-    let (mut sample, mut dimensions) = (Vec::new(), 1);
+    let sql = include_str!("../sql/cluster_sample.sql").replace("{highest}", &highest.to_string());
+    let (mut rows, mut dimensions) = (Vec::new(), 1);
     for batch in engine.stream(engine.query(&session, &sql)?)? {
         let batch = batch?;
-        let vectors = numbers(batch.column(0))?;
+        let vectors = numbers(batch.column(1))?;
         dimensions = vectors.len().checked_div(batch.num_rows()).unwrap_or(dimensions);
-        sample.extend(vectors);
+        let priorities = batch.column(0).as_primitive::<UInt64Type>();
+        rows.extend(priorities.values().iter().copied().zip(vectors.chunks_exact(dimensions).map(<[f32]>::to_vec)));
     }
-    Ok((sample, dimensions))
+    // The vector settles a tie, so that the order of the files does not.
+    let bits = |vector: &[f32]| vector.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    rows.sort_unstable_by(|a, b| a.0.cmp(&b.0).then_with(|| bits(&a.1).cmp(&bits(&b.1))));
+    rows.truncate(limit as usize);
+    Ok((rows.into_iter().flat_map(|(_, vector)| vector).collect(), dimensions))
 }
 
 fn schema(dimensions: usize) -> SchemaRef {

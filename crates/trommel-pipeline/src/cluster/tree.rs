@@ -12,6 +12,8 @@
 //!       5         null       1
 //! ```
 
+use std::collections::HashMap;
+
 use trommel_core::seed::Stream;
 use trommel_kernels::nearest::Centroids;
 
@@ -126,20 +128,20 @@ impl Growth<'_> {
 impl Tree {
     /// The tree of `nodes`, or `None` if they do not form one.
     pub fn new(nodes: &[Node], dimensions: usize) -> Option<Tree> {
-        Self::below(nodes, None, dimensions)
+        let mut by_parent: HashMap<Option<u32>, Vec<&Node>> = HashMap::new();
+        nodes.iter().for_each(|node| by_parent.entry(node.parent_id).or_default().push(node));
+        Self::below(&by_parent, None, dimensions)
     }
 
-    fn below(nodes: &[Node], parent_id: Option<u32>, dimensions: usize) -> Option<Tree> {
-        let children: Vec<&Node> = nodes.iter().filter(|n| n.parent_id == parent_id).collect();
-        if children.is_empty() || children.iter().any(|n| n.centroid.len() != dimensions) {
+    fn below(by_parent: &HashMap<Option<u32>, Vec<&Node>>, parent_id: Option<u32>, dimensions: usize) -> Option<Tree> {
+        let children = by_parent.get(&parent_id)?;
+        if children.iter().any(|n| n.centroid.len() != dimensions) {
             return None;
         }
         let points = children.iter().flat_map(|n| &n.centroid).copied().collect();
-        let below = children
-            .iter()
-            .map(|n| Self::below(nodes, Some(n.cluster_id), dimensions).map_or(Below::Leaf(n.cluster_id), Below::Node))
-            .collect();
-        Some(Tree { dimensions, children: Centroids::new(points, dimensions), below })
+        let below =
+            |n: &&Node| Self::below(by_parent, Some(n.cluster_id), dimensions).map_or(Below::Leaf(n.cluster_id), Below::Node);
+        Some(Tree { dimensions, children: Centroids::new(points, dimensions), below: children.iter().map(below).collect() })
     }
 
     /// The length of a vector.
@@ -158,8 +160,11 @@ impl Tree {
                     assignments[row as usize] = Assignment { cluster_id: *cluster_id, distance };
                 }),
                 Below::Node(tree) if !rows.is_empty() => {
-                    let part: Vec<f32> =
-                        rows.iter().flat_map(|&r| &vectors[r as usize * self.dimensions..][..self.dimensions]).copied().collect();
+                    let part: Vec<f32> = rows
+                        .iter()
+                        .flat_map(|&r| &vectors[r as usize * self.dimensions..][..self.dimensions])
+                        .copied()
+                        .collect();
                     rows.iter().zip(tree.assign(&part)).for_each(|(&row, found)| assignments[row as usize] = found);
                 }
                 Below::Node(_) => {}
