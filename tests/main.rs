@@ -1,5 +1,7 @@
 //! The outer tests: the `trommel` command as its users meet it. One binary, a fresh directory per test.
 
+#![expect(clippy::unwrap_used, reason = "a failed step of a test may panic")]
+
 /// A directory with a small corpus and a pipeline file, and the command that runs in it.
 mod bench;
 /// Equal plans give equal bytes: at any thread count, any split of the corpus, after any number of kills.

@@ -90,7 +90,7 @@ pub fn write_error(path: &Path, error: io::Error) -> Error {
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             "make the directory writable, or name another one with `--run-dir`"
         }
-        _ => "check the path and the disk, then run the same command again",
+        _ => "check the path and the disk, or name another run directory with `--run-dir`",
     };
     Error::system("cannot write").file(path.display()).source(error).hint(hint)
 }

@@ -189,9 +189,9 @@ pub fn first_reject(engine: &Engine, files: &[&Path]) -> Result<String> {
     let session = engine.session(1, []);
     engine.register(&session, "rejects", files)?;
     let sql = r#"SELECT file, "row", reason FROM rejects ORDER BY file, "row" LIMIT 1"#;
-    for batch in engine.collect(&session, sql)?.iter().filter(|b| b.num_rows() > 0) {
-        let text = |i: usize| batch.column(i).as_string_view().value(0).to_owned();
-        return Ok(format!("row {} of `{}`: {}", batch.column(1).as_primitive::<Int64Type>().value(0), text(0), text(2)));
-    }
-    Err(Error::internal("rejected rows are counted but not listed"))
+    let batches = engine.collect(&session, sql)?;
+    let batch = batches.iter().find(|b| b.num_rows() > 0);
+    let batch = batch.ok_or_else(|| Error::internal("rejected rows are counted but not listed"))?;
+    let text = |i: usize| batch.column(i).as_string_view().value(0).to_owned();
+    Ok(format!("row {} of `{}`: {}", batch.column(1).as_primitive::<Int64Type>().value(0), text(0), text(2)))
 }

@@ -294,7 +294,7 @@ impl Sample {
         let column =
             |name: &str| batch.column_by_name(name).ok_or_else(|| Error::internal(format!("the column `{name}` is missing")));
         let as_text = |name: &str| {
-            Ok(arrow::compute::cast(column(name)?, &DataType::Utf8View).map_err(|e| Error::internal("no text").source(e))?)
+            arrow::compute::cast(column(name)?, &DataType::Utf8View).map_err(|e| Error::internal("no text").source(e))
         };
         let (documents, texts): (ArrayRef, ArrayRef) = (as_text("document")?, as_text("text")?);
         let (documents, texts) = (documents.as_string_view(), texts.as_string_view());

@@ -128,7 +128,8 @@ impl<'a> Run<'a> {
             self.engine.interrupt.check()?;
             let start = Instant::now();
             let cached = is_done(&self.outputs, stage);
-            if !cached && !(stage == Stage::Windows && until >= Stage::Embed) {
+            let comes_with_embed = stage == Stage::Windows && until >= Stage::Embed;
+            if !cached && !comes_with_embed {
                 self.engine.progress.begin(stage.name(), self.amount(stage)?, unit_of(stage));
                 let result = self.make(stage);
                 self.engine.progress.end();

@@ -127,8 +127,11 @@ pub fn is_parquet(path: &Path) -> bool {
     path.extension().is_some_and(|e| e.eq_ignore_ascii_case("parquet"))
 }
 
+/// A buffered reader of decompressed text.
+pub type TextReader = BufReader<Box<dyn Read + Send>>;
+
 /// Opens a text file, decompressing as its name says; the number counts the bytes read from disk.
-pub fn open_lines(path: &Path) -> Result<(BufReader<Box<dyn Read + Send>>, Arc<AtomicU64>)> {
+pub fn open_lines(path: &Path) -> Result<(TextReader, Arc<AtomicU64>)> {
     let consumed = Arc::new(AtomicU64::new(0));
     let file = Counted { file: open(path)?, consumed: Arc::clone(&consumed) };
     let name = path.to_string_lossy().to_lowercase();
@@ -273,7 +276,7 @@ fn keep_usable(batch: &RecordBatch, id_column: Option<&str>, mut rejects: Vec<Re
 }
 
 struct Lines {
-    lines: BufReader<Box<dyn Read + Send>>,
+    lines: TextReader,
     text: String,
     id: Option<String>,
     line: i64,
@@ -427,7 +430,9 @@ mod tests {
     use super::*;
     use std::io::Write;
 
-    fn read(name: &str, content: &[u8], id: Option<&str>) -> Result<(Vec<(i64, String)>, Vec<Reject>)> {
+    type Found = (Vec<(i64, String)>, Vec<Reject>);
+
+    fn read(name: &str, content: &[u8], id: Option<&str>) -> Result<Found> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, content).unwrap();

@@ -157,7 +157,7 @@ mod tests {
         let item = Arc::new(Field::new("item", DataType::Struct(window_fields()), false));
         let list = windows(&texts, 64, &item).unwrap();
         assert_eq!(list.value_length(0), 1);
-        assert_eq!(list.value_length(1), 8);
+        assert_eq!(list.value_length(1), 9);
         let parts = list.values().as_struct().column(3).as_string_view().clone();
         assert_eq!(parts.value(0), "short one");
         assert_eq!(parts.iter().skip(1).flatten().collect::<String>(), "long text ".repeat(50));

@@ -27,7 +27,7 @@ impl Count {
             _ => return None,
         };
         let value = digits.parse::<f64>().ok()? * scale;
-        (value.is_finite() && value >= 0.0 && value < 1e18 && value.fract() == 0.0).then_some(Count(value as u64))
+        ((0.0..1e18).contains(&value) && value.fract() == 0.0).then_some(Count(value as u64))
     }
 }
 
@@ -35,7 +35,7 @@ impl fmt::Display for Count {
     /// The shortest exact spelling, such as `20M`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (suffix, scale) in [("T", 1_000_000_000_000), ("G", 1_000_000_000), ("M", 1_000_000), ("k", 1_000)] {
-            if self.0 >= scale && self.0 % (scale / 10) == 0 {
+            if self.0 >= scale && self.0.is_multiple_of(scale / 10) {
                 let tenths = self.0 / (scale / 10);
                 return match tenths % 10 {
                     0 => write!(f, "{}{suffix}", tenths / 10),

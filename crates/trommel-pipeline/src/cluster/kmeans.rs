@@ -40,34 +40,44 @@ pub fn fit(sample: &[f32], dimensions: usize, settings: &Settings) -> Centroids 
     centroids
 }
 
-/// k-means++ [Arthur and Vassilvitskii 2007]: each further centroid is a row drawn in proportion to its squared distance
-/// from those chosen before. Rows past the first `64 * k` take no part in the start (the sample's order is random, and
-/// the cost is quadratic in k).
+/// Greedy k-means++ [Arthur and Vassilvitskii 2007, section 5]: each further centroid is the best of a few rows drawn in
+/// proportion to their squared distance from those chosen before. Rows past the first `16 * k` (at least 4,096) take no
+/// part in the start: the sample's order is random, and the cost is quadratic in k.
 fn start(sample: &[f32], dimensions: usize, k: usize, generator: &mut ChaCha8Rng) -> Vec<f32> {
-    let rows = (sample.len() / dimensions).min(64 * k);
+    let rows = (sample.len() / dimensions).min((16 * k).max(4096));
     let row = |i: usize| &sample[i * dimensions..(i + 1) * dimensions];
-    let mut distances = vec![f32::INFINITY; rows];
-    let mut points = Vec::with_capacity(k * dimensions);
-    let mut chosen = generator.random_range(0..rows);
-    for _ in 0..k {
-        points.extend_from_slice(row(chosen));
+    let candidates = 2 + (k as f64).ln() as usize;
+    // The distances of all rows once `chosen` is a centroid too, and their sum.
+    let with = |distances: &[f32], chosen: usize| -> (f64, Vec<f32>) {
         let newest = row(chosen);
-        distances.par_iter_mut().enumerate().with_min_len(1024).for_each(|(i, d)| *d = d.min(squared_distance(row(i), newest)));
-        let total: f64 = distances.iter().map(|&d| f64::from(d)).sum();
-        if total <= 0.0 {
-            break;
-        }
-        let mut left = generator.random::<f64>() * total;
-        chosen = rows - 1;
-        for (i, &distance) in distances.iter().enumerate() {
-            left -= f64::from(distance);
-            if left < 0.0 && distance > 0.0 {
-                chosen = i;
-                break;
-            }
-        }
+        let closer = |(i, &d): (usize, &f32)| d.min(squared_distance(row(i), newest));
+        let distances: Vec<f32> = distances.par_iter().enumerate().with_min_len(1024).map(closer).collect();
+        (distances.iter().map(|&d| f64::from(d)).sum(), distances)
+    };
+    let first = generator.random_range(0..rows);
+    let mut points = row(first).to_vec();
+    let (mut total, mut distances) = with(&vec![f32::INFINITY; rows], first);
+    while points.len() < k * dimensions && total > 0.0 {
+        let drawn: Vec<usize> = (0..candidates).map(|_| draw(&distances, generator.random::<f64>() * total)).collect();
+        let tried = drawn.into_iter().map(|chosen| (chosen, with(&distances, chosen)));
+        let Some((chosen, best)) = tried.min_by(|a, b| a.1.0.total_cmp(&b.1.0)) else { break };
+        points.extend_from_slice(row(chosen));
+        (total, distances) = best;
     }
     points
+}
+
+/// The row at `place` when rows lie side by side, each as wide as its distance.
+fn draw(distances: &[f32], place: f64) -> usize {
+    let mut left = place;
+    for (i, &distance) in distances.iter().enumerate() {
+        left -= f64::from(distance);
+        if left < 0.0 {
+            return i;
+        }
+    }
+    // Rounding can leave a crumb at the end; the last row that is not a centroid takes it.
+    distances.iter().rposition(|&d| d > 0.0).unwrap_or(0)
 }
 
 /// The rows of each cluster, in order.
