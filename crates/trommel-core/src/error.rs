@@ -1,6 +1,6 @@
 //! The one error type of the libraries.
 //!
-//! An error says whose fault it was ([`Kind`]), what happened, where (stage, file, row, line), and what to do about it.
+//! An error says whose fault it was (`Kind`), what happened, where (stage, file, row, line), and what to do about it.
 //! Places are fields and not text, so that `--json` and tests can read them.
 
 use std::fmt;

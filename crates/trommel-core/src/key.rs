@@ -1,6 +1,6 @@
 //! Content keys and checksums.
 //!
-//! Every output file's name contains the [`Key`] of what produced it: a changed setting gives a changed name, and a file
+//! Every output file's name contains the `Key` of what produced it: a changed setting gives a changed name, and a file
 //! that is there is done. Keys are XXH3-128, which is fast and stable across machines; they guard against mistakes, not
 //! against an adversary who crafts collisions.
 

@@ -1,4 +1,4 @@
-//! The Arrow schemas of the tables that a user can query. [contract]
+//! The Arrow schemas of the tables that a user can query. A contract.
 //!
 //! One function per table, in the order of the data. Column names are what users type in SQL.
 

@@ -1,7 +1,7 @@
 //! The encoder's forward pass: BERT (Devlin et al. 2019) as `transformers.BertModel` computes it, for inference.
 //!
 //! Shapes: `n` texts of `time` tokens each give `(n * time, hidden)` activations. All texts of a call have the same length, so
-//! that nothing is padded and no attention mask is needed. candle multiplies the matrices; [`crate::fused`] does the rest.
+//! that nothing is padded and no attention mask is needed. candle multiplies the matrices; `crate::fused` does the rest.
 
 use candle_core::{Device, Tensor};
 use trommel_core::error::{Error, Result};

@@ -1,6 +1,6 @@
 //! Text to vectors: the static table, the sentence encoder, and the distillation of one into the other.
 //!
-//! Both kinds stand behind [`Embedder`]. The static table is a lookup and a mean, fast enough for a trillion tokens; the
+//! Both kinds stand behind `Embedder`. The static table is a lookup and a mean, fast enough for a trillion tokens; the
 //! sentence encoder reads whole sentences, is some hundred times slower, and is where the table's vectors come from.
 
 use trommel_core::error::Result;

@@ -1,7 +1,7 @@
 //! A table of token vectors; a text's vector is the mean of its tokens' vectors, at unit length.
 //!
 //! No token sees its neighbours, so one lookup and one addition per token is all the work. Vectors come from a sentence
-//! encoder ([`crate::distill`]) and carry their frequency weight in their length. `static_table.safetensors` holds
+//! encoder (`crate::distill`) and carry their frequency weight in their length. `static_table.safetensors` holds
 //!
 //! | tensor    | type | shape                | row `i` belongs to the token with id `i` of `tokenizer.json` |
 //! |-----------|------|----------------------|-----------------------------------------------|

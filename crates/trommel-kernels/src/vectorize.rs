@@ -1,9 +1,9 @@
 //! One body, several instruction sets.
 //!
-//! The workspace is compiled for the baseline of its target, so that one binary runs everywhere. [`vectorized!`] compiles
+//! The workspace is compiled for the baseline of its target, so that one binary runs everywhere. `vectorized!` compiles
 //! a loop once more for AVX2 and for AVX-512 and picks at run time. The body is plain Rust, and the compiler neither
 //! reorders sums nor contracts a product and a sum into one operation, so every variant returns the same bits: a sum that
-//! should use all lanes says so itself, with an array of [`LANES`] partial sums.
+//! should use all lanes says so itself, with an array of `LANES` partial sums.
 
 /// Partial sums in a reduction: the `f32` lanes of one AVX-512 register.
 pub(crate) const LANES: usize = 16;

@@ -1,6 +1,6 @@
 //! Documents from Parquet and JSON lines: batches of bounded size, and a list of the rows that cannot be used.
 //!
-//! A file that is damaged as a whole is an error. A row that cannot be used is a [`Reject`]: it is listed with its place,
+//! A file that is damaged as a whole is an error. A row that cannot be used is a `Reject`: it is listed with its place,
 //! and the run fails when rejects exceed the share that the pipeline file allows.
 
 use std::fs::File;

@@ -1,7 +1,7 @@
 //! YAML to spec to plan, every mistake at once.
 //!
-//! A pipeline file becomes a tree with positions ([`yaml`]), is checked against the JSON Schema that the spec's own types
-//! give ([`validate`]), becomes a spec ([`pipeline`], [`training`]), and is resolved into a plan ([`plan`]): files found,
+//! A pipeline file becomes a tree with positions (`yaml`), is checked against the JSON Schema that the spec's own types
+//! give (`validate`), becomes a spec (`pipeline`, `training`), and is resolved into a plan (`plan`): files found,
 //! defaults filled in, contradictions refused. Running never sees YAML. Nothing here reads a row of data.
 
 /// Numbers such as `20M`.

@@ -112,13 +112,13 @@ pub struct Cluster {
     /// Children per node, from root to leaves, such as `[32, 32]` for 1,024 leaves.
     #[schemars(length(min = 1, max = 8))]
     pub levels: Option<Vec<u32>>,
-    /// A cluster above this multiple of the uniform share is split, and the smallest one dissolved [CR] (at least 1).
+    /// A cluster above this multiple of the uniform share is split, and the smallest one dissolved (CR) (at least 1).
     /// Default: 1.5 with `levels`, off with `k`.
     #[schemars(range(min = 1.0))]
     pub balance: Option<f64>,
     /// Windows that the clustering is fitted on, chosen by hash. Default: 256 per cluster.
     pub sample: Option<Count>,
-    /// Rounds of k-means after the k-means++ start (1 to 1,000). Default 20 [CR].
+    /// Rounds of k-means after the k-means++ start (1 to 1,000). Default 20 (CR).
     #[schemars(range(min = 1, max = 1_000))]
     pub iterations: Option<u32>,
 }

@@ -95,7 +95,7 @@ fn resolve(document: &Document, spec: Pipeline, run_dir: Option<&Path>) -> Resul
         domains.push(DomainSources { train, test: domain.test.as_ref().map(|test| source("test", test)) });
     }
     if !mistakes.is_empty() {
-        return Err(mistakes);
+        return Err(validate::in_file_order(mistakes));
     }
     let run_dir = run_dir.map_or_else(|| Path::new("runs").join(&spec.name), Path::to_path_buf);
     Ok(Plan { spec, run_dir, corpus, domains })
@@ -268,15 +268,15 @@ mod tests {
         assert_eq!(
             found,
             [
-                "p.yaml:5:11: `cluster.k` is `four`, but must be a whole number",
                 "p.yaml:4:12: `resample.tokens` is `many`, but must be a whole number such as `250000`, `250k` or `20M`",
+                "p.yaml:5:11: `cluster.k` is `four`, but must be a whole number",
             ]
         );
         let found = check(&format!(
             "{HEAD}domains: {{corpus: {{train: src/*.rs}}}}\nresample: {{tokens: 0}}\ncluster: {{k: 4, levels: [2, 2]}}\n"
         ));
         assert_eq!(found.len(), 5, "{found:#?}");
-        assert!(found[1].starts_with("p.yaml:5:18: `cluster.k` and `cluster.levels` exclude each other"), "{found:#?}");
+        assert!(found[4].starts_with("p.yaml:5:17: `cluster.k` and `cluster.levels` exclude each other"), "{found:#?}");
     }
 
     #[test]

@@ -26,9 +26,15 @@ pub fn read<T: JsonSchema + DeserializeOwned>(document: &Document) -> Result<T, 
         .map_err(|e| vec![Error::internal(format!("the schema of the spec is not valid: {e}"))])?;
     let mistakes: Vec<Error> = validator.iter_errors(&document.value).flat_map(|e| describe(document, &schema, &e)).collect();
     if !mistakes.is_empty() {
-        return Err(mistakes);
+        return Err(in_file_order(mistakes));
     }
     serde_json::from_value(document.value.clone()).map_err(|e| vec![Error::config(e.to_string()).file(&document.file)])
+}
+
+/// Mistakes in the order in which a reader meets them.
+pub fn in_file_order(mut mistakes: Vec<Error>) -> Vec<Error> {
+    mistakes.sort_by_key(|mistake| (mistake.place().line, mistake.place().column));
+    mistakes
 }
 
 /// An optional field is left out, never `null`: without this, the mistakes within it would hide behind `anyOf`.

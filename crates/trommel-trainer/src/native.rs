@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Tasks are cut by the problem (a sequence, a block of rows) and sums run in the order of sequences, so results have the
-//! same bits at any thread count. The tape of [`crate::tape`] is the oracle in the tests.
+//! same bits at any thread count. The tape of `crate::tape` is the oracle in the tests.
 
 use std::cell::RefCell;
 

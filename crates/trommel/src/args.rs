@@ -1,4 +1,4 @@
-//! The command line. [contract]
+//! The command line. A contract.
 
 use std::path::PathBuf;
 

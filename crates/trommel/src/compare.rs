@@ -31,7 +31,7 @@ use trommel_trainer::recipe::{self, Recipe};
 use crate::args::Until;
 use crate::table::table;
 
-/// One row of the comparison. [contract]
+/// One row of the comparison. A contract.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Outcome {
     domain: String,

@@ -46,7 +46,7 @@ fn load_from(arguments: &PipelineArguments) -> Result<Plan, Mistakes> {
     load(&arguments.pipeline, &arguments.overlays, arguments.run_dir.as_deref())
 }
 
-/// The object that `trommel run --json` prints. [contract]
+/// The object that `trommel run --json` prints. A contract.
 #[derive(Debug, Serialize)]
 struct RunReport {
     name: String,

@@ -16,7 +16,7 @@ pub struct Settings {
     pub k: usize,
     /// Rounds after the start.
     pub iterations: u32,
-    /// A cluster above this multiple of the uniform share is split and the smallest one dissolved [CR]; off if `None`.
+    /// A cluster above this multiple of the uniform share is split and the smallest one dissolved (CR); off if `None`.
     pub balance: Option<f64>,
     /// The source of the start.
     pub stream: Stream,
