@@ -4,13 +4,13 @@
 pub mod error;
 /// Content keys and checksums: the same input has the same name everywhere.
 pub mod key;
-/// What a folder of training shards says of itself.
-pub mod manifest;
-/// What a long job tells the person who waits for it, and how that person stops it.
-pub mod progress;
-/// The Arrow schemas of every table that a user can query.
-pub mod schema;
 /// Random numbers as a function of (seed, stream name, key), never of order.
 pub mod seed;
+/// The Arrow schemas of every table that a user can query.
+pub mod schema;
+/// What a folder of training shards says of itself.
+pub mod manifest;
 /// Files that are whole or absent.
 pub mod storage;
+/// What a long job tells the person who waits for it, and how that person stops it.
+pub mod progress;

@@ -2,7 +2,7 @@
 
 /// Flat k-means on a sample.
 pub mod kmeans;
-/// The stage: sample, fit, write.
-pub mod stage;
 /// A tree of k-means, whose leaves are the clusters.
 pub mod tree;
+/// The stage: sample, fit, write.
+pub mod stage;
