@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::attention::exp_sum;
 use crate::matmul::{Matrix, MatrixMut, Target};
-use crate::panels::Panels;
+use crate::panels::{Panels, Precision};
 use crate::vectorize::vectorized;
 
 /// A target that no loss is taken of.
@@ -25,12 +25,20 @@ fn chunk_rows(vocab: usize) -> usize {
 }
 
 /// Memory that calls share: the logits of one chunk, and the operands as the products need them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Scratch {
     logits: Vec<f32>,
     words: Panels,     // (width, vocab)
     embedding: Panels, // (vocab, width)
     hidden: Panels,    // (rows of the chunk, width)
+}
+
+impl Scratch {
+    /// Memory for products in `precision`.
+    pub fn new(precision: Precision) -> Self {
+        let panels = || Panels::new(precision);
+        Scratch { logits: Vec::new(), words: panels(), embedding: panels(), hidden: panels() }
+    }
 }
 
 /// The loss of hidden rows against an embedding.
@@ -170,7 +178,7 @@ mod tests {
             let output = Output { hidden: &hidden, embedding: &embedding, width, targets: &targets };
             let (mut losses, mut only_losses) = (vec![0.0; rows], vec![0.0; rows]);
             let (mut dhidden, mut dembedding) = (vec![0.0; hidden.len()], vec![1.0; embedding.len()]);
-            let mut scratch = Scratch::default();
+            let mut scratch = Scratch::new(Precision::F32);
             output.losses_and_gradients(0.5, &mut losses, &mut dhidden, &mut dembedding, &mut scratch);
             output.losses(&mut only_losses, &mut scratch);
             assert_eq!(losses, only_losses);
@@ -196,7 +204,7 @@ mod tests {
         let losses = |from: usize| {
             let output = Output { hidden: &hidden[from..], embedding: &embedding, width: 1, targets: &targets[from..] };
             let mut losses = vec![0.0; rows - from];
-            output.losses(&mut losses, &mut Scratch::default());
+            output.losses(&mut losses, &mut Scratch::new(Precision::F32));
             losses
         };
         for (all, last) in losses(0)[130..].iter().zip(losses(130)) {
@@ -208,7 +216,7 @@ mod tests {
     fn a_nan_reaches_the_loss() {
         let output = Output { hidden: &[f32::NAN], embedding: &[0.0, 1.0], width: 1, targets: &[0] };
         let mut losses = [0.0];
-        output.losses(&mut losses, &mut Scratch::default());
+        output.losses(&mut losses, &mut Scratch::new(Precision::F32));
         assert!(losses[0].is_nan());
     }
 }

@@ -26,19 +26,12 @@ macro_rules! vectorized {
                 fn avx2($($arg: $type),*) $(-> $return)? {
                     body($($arg),*)
                 }
-                if is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512cd")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("bmi2")
-                {
-                    // SAFETY: the processor has every feature that `avx512` is compiled for; AVX-512 and BMI2 imply the rest.
-                    return unsafe { avx512($($arg),*) };
-                }
-                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("bmi1") && is_x86_feature_detected!("bmi2") {
-                    // SAFETY: the processor has every feature that `avx2` is compiled for.
-                    return unsafe { avx2($($arg),*) };
+                match $crate::isa::Isa::current() {
+                    // SAFETY: the level has every feature that `avx512` is compiled for.
+                    isa if isa >= $crate::isa::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: the level has every feature that `avx2` is compiled for.
+                    $crate::isa::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    _ => {}
                 }
             }
             body($($arg),*)

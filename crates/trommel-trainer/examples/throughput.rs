@@ -24,7 +24,7 @@ fn main() -> Result<()> {
     let config = preset(&name, vocab)?;
     let recipe = Recipe::pretraining(&config, 1_500_000);
     let sequences = recipe.sequences(context);
-    let mut engine = Engine::new(&config, Layout::new(&config).initial(1), &candle_core::Device::Cpu)?;
+    let mut engine = Engine::new(&config, Layout::new(&config).initial(1), &candle_core::Device::Cpu, precision)?;
 
     let mut batch = Batch::new(context);
     for sequence in 0..sequences {

@@ -5,6 +5,7 @@
 //! gradient, so none of them appears here.
 
 use candle_core::{D, DType, Result, Tensor};
+use trommel_kernels::panels::Precision;
 
 use crate::model::Activation;
 
@@ -61,9 +62,12 @@ pub(crate) fn activate(packed: &Tensor, activation: Activation) -> Result<Tensor
     }
 }
 
-/// `x weight^T` for `x` (rows, in), `weight` (out, in).
-pub(crate) fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    x.matmul(&weight.t()?)
+/// `x weight^T` for `x` (rows, in), `weight` (out, in), both rounded to `precision`.
+pub(crate) fn linear(x: &Tensor, weight: &Tensor, precision: Precision) -> Result<Tensor> {
+    match precision {
+        Precision::F32 => x.matmul(&weight.t()?),
+        Precision::Bf16 => x.to_dtype(DType::BF16)?.matmul(&weight.to_dtype(DType::BF16)?.t()?)?.to_dtype(DType::F32),
+    }
 }
 
 /// The negative log-likelihood of `targets` (rows), times `counted` (rows), which is one or zero; `logits` is (rows, vocab).

@@ -3,6 +3,7 @@
 use candle_core::Device;
 use trommel_core::error::{Error, Result};
 use trommel_kernels::adamw::{self, Factors};
+use trommel_kernels::panels::Precision;
 
 use crate::batch::Batch;
 use crate::model::Config;
@@ -43,18 +44,19 @@ fn internal(error: candle_core::Error) -> Error {
 }
 
 impl Engine {
-    /// A model of shape `config` with the flat `parameters`, on `device`.
-    pub fn new(config: &Config, parameters: Vec<f32>, device: &Device) -> Result<Engine> {
+    /// A model of shape `config` with the flat `parameters`, on `device`. Its weights and sums are `f32`; `precision` is that
+    /// of the products of weights and rows.
+    pub fn new(config: &Config, parameters: Vec<f32>, device: &Device, precision: Precision) -> Result<Engine> {
         config.check()?;
         let layout = Layout::new(config);
         assert_eq!(parameters.len(), layout.len(), "parameters of another shape");
         let place = if device.is_cpu() {
             let empty = Vec::new;
-            let native = Native::new(config);
+            let native = Native::new(config, precision);
             let host = Host { native, parameters, gradient: empty(), first_moment: empty(), second_moment: empty() };
             Place::Host(Box::new(host))
         } else {
-            Place::Device(Box::new(Tape::new(config, &parameters, device).map_err(internal)?))
+            Place::Device(Box::new(Tape::new(config, &parameters, device, precision).map_err(internal)?))
         };
         Ok(Engine { config: config.clone(), layout, place })
     }

@@ -9,6 +9,7 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use trommel_core::error::{Error, Result};
 use trommel_core::progress::{Interrupt, Progress};
+use trommel_kernels::panels::Precision;
 
 use crate::batch::Batch;
 use crate::checkpoint;
@@ -65,7 +66,7 @@ pub fn evaluate(
         let message = format!("the tokenizer makes token {token}, and the model has only {}", model.config.vocab);
         return Err(Error::data(message).file(checkpoint.display()).hint("the tokenizer does not belong to this model"));
     }
-    let mut engine = Engine::new(&model.config, model.parameters, device)?;
+    let mut engine = Engine::new(&model.config, model.parameters, device, Precision::F32)?;
     progress.begin("evaluate", Some(tokens.iter().map(|tokens| tokens.len() as u64).sum()), "tokens");
     let scores = scores(&mut engine, &tokens, model.end_of_text, context, progress, interrupt)?;
     progress.end();
@@ -161,7 +162,7 @@ mod tests {
     fn packed_scores_equal_one_document_at_a_time() {
         let config = preset("slm-1m", 40).unwrap();
         let parameters = Layout::new(&config).initial(5).iter().map(|p| p * 2.0).collect();
-        let mut engine = Engine::new(&config, parameters, &Device::Cpu).unwrap();
+        let mut engine = Engine::new(&config, parameters, &Device::Cpu, Precision::F32).unwrap();
         let documents: Vec<Vec<u32>> = [3, 1, 19, 0, 8].map(|n| (0..n).map(|i| (i * i + n) % 39 + 1).collect()).to_vec();
         let scores = scores(&mut engine, &documents, 0, 8, &Silent, &Interrupt::default()).unwrap();
         for (score, document) in scores.iter().zip(&documents) {

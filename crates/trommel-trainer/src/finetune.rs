@@ -136,7 +136,7 @@ pub fn finetune(
         Some(state) if state.fingerprint != fingerprint => return Err(checkpoint::of_another_plan(&folder)),
         Some(state) if state.finished => return Ok(plan.report(&config, &state, true)),
         Some(state) => {
-            let mut engine = Engine::new(&config, checkpoint::read_model(&folder)?.parameters, device)?;
+            let mut engine = Engine::new(&config, checkpoint::read_model(&folder)?.parameters, device, plan.recipe.precision)?;
             let unfinished = checkpoint::read_unfinished(&folder, &config)?;
             engine.set_moments(unfinished.moments)?;
             source.seek(state.position)?;
@@ -144,7 +144,7 @@ pub fn finetune(
             (state, engine, unfinished.best.unwrap_or_default())
         }
         None => {
-            let mut engine = Engine::new(&config, start.parameters.clone(), device)?;
+            let mut engine = Engine::new(&config, start.parameters.clone(), device, plan.recipe.precision)?;
             let loss = evaluate(&mut engine)?;
             let state = State {
                 fingerprint,

@@ -6,6 +6,7 @@ use candle_core::Device;
 use trommel_core::error::{Error, Result};
 use trommel_core::progress::Interrupt;
 use trommel_core::seed::Stream;
+use trommel_kernels::panels::Precision;
 
 use crate::batch::Batch;
 use crate::checkpoint;
@@ -42,7 +43,7 @@ pub fn generate(
     tokens.extend_from_slice(tokenizer.encode_fast(prompt, false).map_err(failed)?.get_ids());
     let prompt_len = tokens.len();
     let context = model.config.context;
-    let mut engine = Engine::new(&model.config, model.parameters, device)?;
+    let mut engine = Engine::new(&model.config, model.parameters, device, Precision::F32)?;
     let choices = Stream::new(sampling.seed, "generate");
     while tokens.len() - prompt_len < sampling.max_tokens {
         interrupt.check()?;

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use trommel_kernels::attention::{self, Shape};
 use trommel_kernels::cross_entropy::{self, Output};
 use trommel_kernels::matmul::{Matrix, MatrixMut, Target, multiply};
-use trommel_kernels::panels::Panels;
+use trommel_kernels::panels::{Panels, Precision};
 use trommel_kernels::rotary::{Table, Turn};
 use trommel_kernels::{activation, embedding, norm};
 
@@ -33,6 +33,7 @@ const WEIGHT_ROWS: usize = 96;
 #[derive(Debug)]
 pub(crate) struct Native {
     config: Config,
+    precision: Precision,
     rotary: Table,
     panels: Vec<LayerPanels>,
     backward_panels: LayerPanels,
@@ -45,7 +46,7 @@ pub(crate) struct Native {
 
 /// What the forward pass of one sequence keeps for the backward pass, and what one layer's backward pass leaves for the
 /// gradients of its weights.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Sequence {
     inputs: Vec<Vec<f32>>, // layers + 1 times (time, width): the residual stream before each layer and after the last
     layers: Vec<LayerRows>,
@@ -73,7 +74,7 @@ struct LayerRows {
 }
 
 /// The weights of one layer, packed once per batch: transposed for the forward pass, as they are for the backward pass.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct LayerPanels {
     qkv: Panels,
     output: Panels,
@@ -82,6 +83,11 @@ struct LayerPanels {
 }
 
 impl LayerPanels {
+    fn new(precision: Precision) -> Self {
+        let panels = || Panels::new(precision);
+        LayerPanels { qkv: panels(), output: panels(), up: panels(), down: panels() }
+    }
+
     fn pack<'a>(&mut self, weights: Weights<'a>, config: &Config, turn: impl Fn(Matrix<'a>) -> Matrix<'a>) {
         let (width, mlp) = (config.width, config.mlp);
         self.qkv.pack(turn(Matrix::new(weights.qkv, 3 * width, width)));
@@ -122,18 +128,19 @@ impl<'a> Weights<'a> {
 }
 
 impl Native {
-    /// Memory for a model of this shape, for sequences of up to `context` tokens.
-    pub(crate) fn new(config: &Config) -> Self {
+    /// Memory for a model of this shape, whose weights and rows are multiplied in `precision`.
+    pub(crate) fn new(config: &Config, precision: Precision) -> Self {
         Native {
+            precision,
             rotary: Table::new(config.context, config.head(), config.rope_theta),
             config: config.clone(),
             panels: Vec::new(),
-            backward_panels: LayerPanels::default(),
+            backward_panels: LayerPanels::new(precision),
             sequences: Vec::new(),
             hidden: Vec::new(),
             hidden_gradient: Vec::new(),
             losses: Vec::new(),
-            scratch: cross_entropy::Scratch::default(),
+            scratch: cross_entropy::Scratch::new(precision),
         }
     }
 
@@ -205,12 +212,12 @@ impl Native {
         assert!(batch.time <= self.config.context, "a sequence is longer than the model's context");
         assert!(batch.tokens.iter().all(|token| (*token as usize) < self.config.vocab), "a token exceeds the vocabulary");
         let (config, width) = (&self.config, self.config.width);
-        self.sequences.resize_with(batch.sequences(), Sequence::default);
+        self.sequences.resize_with(batch.sequences(), || Sequence::new(self.precision));
         for buffer in [&mut self.hidden, &mut self.hidden_gradient] {
             buffer.resize(batch.tokens.len() * width, 0.0);
         }
         self.losses.resize(batch.tokens.len(), 0.0);
-        self.panels.resize_with(config.layers, LayerPanels::default);
+        self.panels.resize_with(config.layers, || LayerPanels::new(self.precision));
         for (layer, panels) in self.panels.iter_mut().enumerate() {
             panels.pack(Weights::of(config, parameters, layer), config, Matrix::transposed);
         }
@@ -226,6 +233,26 @@ impl Native {
 }
 
 impl Sequence {
+    fn new(precision: Precision) -> Self {
+        let panels = || Panels::new(precision);
+        Sequence {
+            inputs: Vec::new(),
+            layers: Vec::new(),
+            out_gradient: Vec::new(),
+            middle_gradient: Vec::new(),
+            in_gradient: Vec::new(),
+            packed_gradient: Vec::new(),
+            qkv_gradient: Vec::new(),
+            mlp_rows: Vec::new(),
+            mlp_inputs: panels(),
+            up_inputs: panels(),
+            output_inputs: panels(),
+            qkv_inputs: panels(),
+            normed: Vec::new(),
+            gains: Default::default(),
+        }
+    }
+
     #[expect(clippy::too_many_arguments, reason = "the model, one sequence, and where its rows go")]
     fn forward(
         &mut self,

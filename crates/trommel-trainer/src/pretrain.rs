@@ -94,7 +94,7 @@ pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, i
         Some(state) if state.fingerprint != fingerprint => return Err(checkpoint::of_another_plan(&folder)),
         Some(state) if state.finished => return Ok(plan.report(&state, true)),
         Some(state) => {
-            let mut engine = Engine::new(&plan.model, checkpoint::read_model(&folder)?.parameters, device)?;
+            let mut engine = Engine::new(&plan.model, checkpoint::read_model(&folder)?.parameters, device, plan.recipe.precision)?;
             engine.set_moments(checkpoint::read_unfinished(&folder, &plan.model)?.moments)?;
             source.seek(state.position)?;
             progress.line(&format!("continuing at step {} of {steps}", state.step));
@@ -104,7 +104,7 @@ pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, i
             let parameters = Layout::new(&plan.model).initial(plan.seed);
             let position = source.position();
             let state = State { fingerprint, step: 0, position, last_losses: 0.0, seconds: 0.0, finished: false };
-            (state, Engine::new(&plan.model, parameters, device)?)
+            (state, Engine::new(&plan.model, parameters, device, plan.recipe.precision)?)
         }
     };
     let save = |engine: &Engine, state: &State| {

@@ -4,6 +4,7 @@
 //! in the checkpoint.
 
 use serde::{Deserialize, Serialize};
+use trommel_kernels::panels::Precision;
 
 use crate::model::Config;
 
@@ -44,6 +45,8 @@ pub struct Recipe {
     pub beta2: f64,
     /// Added to the root of `AdamW`'s second moment.
     pub epsilon: f64,
+    /// Of the products of weights and rows; weights, moments and sums are `f32`.
+    pub precision: Precision,
 }
 
 /// The peak learning rate of a model: `0.014 / sqrt(width)`, which is 1.2e-3 at the width 128 and 5e-4 at 768, where GPT-3
@@ -79,6 +82,7 @@ impl Recipe {
             beta1: 0.9,
             beta2: 0.95,
             epsilon: 1e-8,
+            precision: Precision::Bf16,
         }
     }
 

@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use trommel_kernels::adamw::Factors;
 use trommel_kernels::cross_entropy::IGNORED;
+use trommel_kernels::panels::Precision;
 use trommel_kernels::rotary::Table;
 
 use crate::batch::Batch;
@@ -16,6 +17,7 @@ pub struct Tape {
     config: Config,
     layout: Layout,
     device: Device,
+    precision: Precision,
     cosines: Tensor, // (context, head / 2)
     sines: Tensor,   // (context, head / 2)
     parameters: Vec<Var>,
@@ -40,8 +42,8 @@ impl Names {
 }
 
 impl Tape {
-    /// A model with the flat `parameters` on `device`.
-    pub fn new(config: &Config, parameters: &[f32], device: &Device) -> Result<Self> {
+    /// A model with the flat `parameters` on `device`, whose weights and rows are multiplied in `precision`.
+    pub fn new(config: &Config, parameters: &[f32], device: &Device, precision: Precision) -> Result<Self> {
         let layout = Layout::new(config);
         let table = Table::new(config.context, config.head(), config.rope_theta);
         let shape = (config.context, config.head() / 2);
@@ -56,6 +58,7 @@ impl Tape {
             moments: Vec::new(),
             config: config.clone(),
             device: device.clone(),
+            precision,
             layout,
             parameters,
         })
@@ -99,14 +102,14 @@ impl Tape {
         let rows = targets.len();
         let (targets, counted) =
             (Tensor::from_vec(targets, rows, &self.device)?, Tensor::from_vec(counted, rows, &self.device)?);
-        losses(&linear(&hidden, self.parameters[0].as_tensor())?, &targets, &counted)
+        losses(&linear(&hidden, self.parameters[0].as_tensor(), self.precision)?, &targets, &counted)
     }
 
     /// The logits after the last position of each sequence, (sequences, vocab).
     pub fn logits(&self, batch: &Batch) -> Result<Vec<f32>> {
         let hidden = self.hidden(batch)?.reshape((batch.sequences(), batch.time, self.config.width))?;
         let last = hidden.narrow(1, batch.time - 1, 1)?.squeeze(1)?.contiguous()?;
-        linear(&last, self.parameters[0].as_tensor())?.flatten_all()?.to_vec1()
+        linear(&last, self.parameters[0].as_tensor(), Precision::F32)?.flatten_all()?.to_vec1()
     }
 
     /// [`Tape::losses`], and adds the gradient of `scale * sum of losses`.
@@ -162,6 +165,7 @@ impl Tape {
         let config = &self.config;
         let (sequences, time, width) = (batch.sequences(), batch.time, config.width);
         let weight = |i: usize| self.parameters[i].as_tensor();
+        let linear = |x: &Tensor, weight: &Tensor| linear(x, weight, self.precision);
         let tokens = Tensor::from_slice(&batch.tokens, sequences * time, &self.device)?;
         let mask = mask(&Tensor::from_slice(&batch.starts, (sequences, time), &self.device)?)?;
         let (cosines, sines) = (self.cosines.narrow(0, 0, time)?, self.sines.narrow(0, 0, time)?);

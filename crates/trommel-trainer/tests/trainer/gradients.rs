@@ -15,7 +15,7 @@ fn parameters(config: &Config) -> Vec<f32> {
 }
 
 fn engine(config: &Config) -> Engine {
-    Engine::new(config, parameters(config), &Device::Cpu).unwrap()
+    Engine::new(config, parameters(config), &Device::Cpu, Precision::F32).unwrap()
 }
 
 fn assert_close(got: &[f32], expected: &[f32], tolerance: f32, what: &str) {
@@ -30,7 +30,7 @@ fn assert_close(got: &[f32], expected: &[f32], tolerance: f32, what: &str) {
 fn losses_logits_and_gradients_equal_the_tape() {
     for activation in [Activation::SwiGlu, Activation::Gelu] {
         let config = tiny(activation);
-        let (mut engine, mut tape) = (engine(&config), Tape::new(&config, &parameters(&config), &Device::Cpu).unwrap());
+        let (mut engine, mut tape) = (engine(&config), Tape::new(&config, &parameters(&config), &Device::Cpu, Precision::F32).unwrap());
         for (sequences, time) in [(1, 1), (3, 7), (2, 32)] {
             let batch = batch(sequences, time, 2);
             let losses = tape.losses_and_gradient(&batch, 0.1).unwrap().to_vec1::<f32>().unwrap();
@@ -53,7 +53,7 @@ fn losses_logits_and_gradients_equal_the_tape() {
 fn steps_equal_the_tape() {
     let config = tiny(Activation::SwiGlu);
     let recipe = Recipe { clip: 0.5, ..Recipe::pretraining(&config, 1000) };
-    let (mut engine, mut tape) = (engine(&config), Tape::new(&config, &parameters(&config), &Device::Cpu).unwrap());
+    let (mut engine, mut tape) = (engine(&config), Tape::new(&config, &parameters(&config), &Device::Cpu, Precision::F32).unwrap());
     let mut on_tape = engine.parameters().unwrap();
     for step in 0..3 {
         let batch = batch(2, 9, step);
@@ -95,7 +95,7 @@ fn gradients_equal_finite_differences() {
     let loss = |i: usize, change: f32| {
         let mut parameters = start.clone();
         parameters[i] += change;
-        let mut engine = Engine::new(&config, parameters, &Device::Cpu).unwrap();
+        let mut engine = Engine::new(&config, parameters, &Device::Cpu, Precision::F32).unwrap();
         engine.losses(&batch).unwrap().iter().map(|loss| f64::from(*loss)).sum::<f64>()
     };
     for slot in Layout::new(&config).slots() {

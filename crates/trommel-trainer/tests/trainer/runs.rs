@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::Device;
 use trommel_core::error::{Kind, Result};
 use trommel_core::progress::{Interrupt, Progress, Silent};
+use trommel_kernels::panels::Precision;
 use trommel_trainer::log::Entry;
 use trommel_trainer::pretrain::{PretrainPlan, TrainReport, pretrain};
 use trommel_trainer::recipe::Recipe;
@@ -104,7 +105,7 @@ fn micro_batches_only_change_rounding() {
     use trommel_trainer::parameters::Layout;
     let config = crate::fixtures::tiny(trommel_trainer::model::Activation::SwiGlu);
     let gradient = |micro: usize| {
-        let mut engine = Engine::new(&config, Layout::new(&config).initial(1), &Device::Cpu).unwrap();
+        let mut engine = Engine::new(&config, Layout::new(&config).initial(1), &Device::Cpu, Precision::F32).unwrap();
         let all = crate::fixtures::batch(16, 8, 0);
         for first in (0..16).step_by(micro) {
             let at = first * 8..(first + micro) * 8;

@@ -1,0 +1,74 @@
+//! Which instructions the kernels use: found once, and lowered by `TROMMEL_ISA`.
+
+use std::sync::OnceLock;
+
+/// A level of instructions; each contains those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// What every processor of the target has.
+    Portable,
+    /// AVX2, BMI1 and BMI2.
+    Avx2,
+    /// AVX-512 F, BW, CD, DQ and VL.
+    Avx512,
+    /// AVX-512 with products of `bf16` pairs.
+    Avx512Bf16,
+}
+
+/// The variable that lowers the level: `portable`, `avx2`, `avx512` or `avx512bf16`.
+pub const VARIABLE: &str = "TROMMEL_ISA";
+
+const NAMES: [(&str, Isa); 4] =
+    [("portable", Isa::Portable), ("avx2", Isa::Avx2), ("avx512", Isa::Avx512), ("avx512bf16", Isa::Avx512Bf16)];
+
+impl Isa {
+    /// The level that the kernels use: the processor's, or what [`VARIABLE`] asks for if that is lower. [`Isa::check`] says
+    /// whether it asks for something else.
+    pub fn current() -> Isa {
+        static CURRENT: OnceLock<Isa> = OnceLock::new();
+        *CURRENT.get_or_init(|| Isa::asked().ok().flatten().map_or(Isa::detected(), |asked| asked.min(Isa::detected())))
+    }
+
+    /// The name in [`VARIABLE`].
+    pub fn name(self) -> &'static str {
+        NAMES[self as usize].0
+    }
+
+    /// Says what is wrong with [`VARIABLE`]: a name that is none, or a level that this processor does not have.
+    pub fn check() -> Result<(), String> {
+        match Isa::asked()? {
+            Some(asked) if asked > Isa::detected() => {
+                Err(format!("{VARIABLE} asks for `{}`, and this processor has `{}`", asked.name(), Isa::detected().name()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn asked() -> Result<Option<Isa>, String> {
+        let Some(text) = std::env::var_os(VARIABLE) else { return Ok(None) };
+        let found = NAMES.iter().find(|(name, _)| text == *name).map(|(_, isa)| Some(*isa));
+        let known = NAMES.map(|(name, _)| name).join(", ");
+        found.ok_or_else(|| format!("{VARIABLE} is `{}`; it can be one of {known}", text.display()))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn detected() -> Isa {
+        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("bmi1") && is_x86_feature_detected!("bmi2");
+        let avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512cd")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl");
+        match (avx2, avx512, is_x86_feature_detected!("avx512bf16")) {
+            (true, true, true) => Isa::Avx512Bf16,
+            (true, true, false) => Isa::Avx512,
+            (true, false, _) => Isa::Avx2,
+            (false, ..) => Isa::Portable,
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn detected() -> Isa {
+        Isa::Portable
+    }
+}
