@@ -221,7 +221,9 @@ fn fill_pairs(panel: usize, pairs: &mut [u32], right: Matrix<'_>) {
                 pair_up(&source[start..start + rows], &mut along[..here]);
             } else {
                 for (step, pair) in along[..here].iter_mut().enumerate() {
-                    let at = |row: usize| if row < right.rows { source[column * right.column_stride + row * right.row_stride] } else { 0.0 };
+                    let at = |row: usize| {
+                        if row < right.rows { source[column * right.column_stride + row * right.row_stride] } else { 0.0 }
+                    };
                     let row = 2 * (from + step);
                     *pair = round(at(row)) | round(at(row + 1)) << 16;
                 }
@@ -464,7 +466,13 @@ mod tests {
     #[test]
     fn products_equal_the_naive_loop_at_odd_sizes() {
         let sizes = [
-            (1, 1, 1), (6, 3, 64), (7, 33, 65), (20, DEPTH + 5, 150), (5, 2 * DEPTH, 16), (3, 0, 4), (4, 7, 128),
+            (1, 1, 1),
+            (6, 3, 64),
+            (7, 33, 65),
+            (20, DEPTH + 5, 150),
+            (5, 2 * DEPTH, 16),
+            (3, 0, 4),
+            (4, 7, 128),
             (3, 2 * DEPTH + 3, 5),
         ];
         for (m, k, n) in sizes {
@@ -518,7 +526,8 @@ mod tests {
 
     #[test]
     fn rounding_follows_the_half_crate() {
-        let odd = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::MIN_POSITIVE / 3.0, f32::MAX, -f32::MAX, 1.0 + f32::EPSILON];
+        let odd =
+            [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::MIN_POSITIVE / 3.0, f32::MAX, -f32::MAX, 1.0 + f32::EPSILON];
         let ties = (0..64u32).map(|i| f32::from_bits(0x3f80_7f80 + i * 0x40));
         for x in odd.into_iter().chain(ties).chain(numbers(1000, 5)) {
             assert_eq!(round(x), u32::from(half::bf16::from_f32(x).to_bits()), "{x}");

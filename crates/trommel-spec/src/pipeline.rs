@@ -195,6 +195,9 @@ pub struct Train {
     /// How the learning rate moves. Default `cosine`.
     #[serde(default)]
     pub schedule: Schedule,
+    /// Numbers that are multiplied; weights and sums are `f32` always. Default `bf16`.
+    #[serde(default)]
+    pub precision: Precision,
 }
 
 /// What a model is pretrained on.
@@ -229,6 +232,17 @@ pub enum Schedule {
     Cosine,
     /// Constant, then a linear decay over the last fifth.
     Wsd,
+}
+
+/// Numbers that training multiplies.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// Rounded to 8 bits of mantissa: up to twice as fast where the processor multiplies them, and as fast elsewhere.
+    #[default]
+    Bf16,
+    /// As they are.
+    F32,
 }
 
 /// The fine-tuning on a domain set.

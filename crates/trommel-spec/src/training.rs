@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::count::Count;
-use crate::pipeline::Schedule;
+use crate::pipeline::{Precision, Schedule};
 
 /// One pretraining.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -31,6 +31,9 @@ pub struct Training {
     /// How the learning rate moves. Default `cosine`.
     #[serde(default)]
     pub schedule: Schedule,
+    /// Numbers that are multiplied; weights and sums are `f32` always. Default `bf16`.
+    #[serde(default)]
+    pub precision: Precision,
     /// Folder of the checkpoint. Default `runs/<name>`.
     pub out: Option<PathBuf>,
 }

@@ -1,4 +1,4 @@
-//! Training speed on this machine: `cargo run --release -p trommel-trainer --example throughput -- [MODEL [CONTEXT [VOCAB]]]`.
+//! Training speed on this machine: `cargo run --release -p trommel-trainer --example throughput -- [MODEL [CONTEXT [VOCAB [f32|bf16]]]]`.
 //!
 //! Prints tokens per second of whole training steps on synthetic tokens, the operations per second that they amount to,
 //! and their share of what the same threads reach on a large product of `f32` matrices.
@@ -10,6 +10,7 @@ use std::time::Instant;
 use rayon::prelude::*;
 use trommel_core::error::Result;
 use trommel_kernels::matmul::{Matrix, MatrixMut, Target, multiply};
+use trommel_kernels::panels::Precision;
 use trommel_trainer::batch::Batch;
 use trommel_trainer::engine::Engine;
 use trommel_trainer::model::preset;
@@ -21,9 +22,10 @@ fn main() -> Result<()> {
     let name = arguments.next().unwrap_or_else(|| "slm-3m".to_owned());
     let context: usize = arguments.next().and_then(|text| text.parse().ok()).unwrap_or(256);
     let vocab: usize = arguments.next().and_then(|text| text.parse().ok()).unwrap_or(4096);
+    let precision = if arguments.next().as_deref() == Some("bf16") { Precision::Bf16 } else { Precision::F32 };
     let config = preset(&name, vocab)?;
     let recipe = Recipe::pretraining(&config, 1_500_000);
-    let sequences = recipe.sequences(context);
+    let sequences = 4096usize.div_ceil(context);
     let mut engine = Engine::new(&config, Layout::new(&config).initial(1), &candle_core::Device::Cpu, precision)?;
 
     let mut batch = Batch::new(context);

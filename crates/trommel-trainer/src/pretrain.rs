@@ -94,7 +94,8 @@ pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, i
         Some(state) if state.fingerprint != fingerprint => return Err(checkpoint::of_another_plan(&folder)),
         Some(state) if state.finished => return Ok(plan.report(&state, true)),
         Some(state) => {
-            let mut engine = Engine::new(&plan.model, checkpoint::read_model(&folder)?.parameters, device, plan.recipe.precision)?;
+            let mut engine =
+                Engine::new(&plan.model, checkpoint::read_model(&folder)?.parameters, device, plan.recipe.precision)?;
             engine.set_moments(checkpoint::read_unfinished(&folder, &plan.model)?.moments)?;
             source.seek(state.position)?;
             progress.line(&format!("continuing at step {} of {steps}", state.step));

@@ -16,10 +16,11 @@ use trommel_core::progress::{Interrupt, Progress};
 use trommel_core::schema::CORPUS;
 use trommel_core::seed::Stream;
 use trommel_core::storage::write_bytes;
+use trommel_kernels::panels;
 use trommel_pipeline::outputs::Outputs;
 use trommel_pipeline::run::StageReport;
 use trommel_pipeline::source::read_texts;
-use trommel_spec::pipeline::{Finetune, Method, Schedule, Train};
+use trommel_spec::pipeline::{Finetune, Method, Precision, Schedule, Train};
 use trommel_spec::plan::{DomainSources, Plan, Source};
 use trommel_trainer::checkpoint;
 use trommel_trainer::evaluate::{Evaluation, evaluate};
@@ -142,7 +143,7 @@ fn folder(plan: &Plan, outputs: &Outputs, stage: &str, method: Method, domain: O
     let spec = &plan.spec;
     // Serializing plain data cannot fail; an empty text would only make the key coarser.
     let json = |train: &Option<Train>, finetune: &Option<Finetune>| {
-        let train = train.as_ref().map(|t| (&t.model, t.context, t.tokens, t.schedule));
+        let train = train.as_ref().map(|t| (&t.model, t.context, t.tokens, t.schedule, t.precision));
         serde_json::to_vec(&(train, finetune)).unwrap_or_default()
     };
     let settings = json(&spec.train, if stage == "train" { &None } else { &spec.finetune });
@@ -199,7 +200,7 @@ impl Comparison<'_> {
                 ..preset(&train.model, Manifest::read(shards)?.vocab as usize)?
             };
             let plan = PretrainPlan {
-                recipe: Recipe { schedule: schedule(train.schedule), ..Recipe::pretraining(&model, train.tokens.0) },
+                recipe: recipe_of(train.schedule, train.precision, Recipe::pretraining(&model, train.tokens.0)),
                 model,
                 context: train.context as usize,
                 tokens: train.tokens.0,
@@ -238,6 +239,7 @@ impl Comparison<'_> {
                 let (start, tokens, recipe) = match (before, &self.plan.spec.finetune) {
                     (Some(before), Some(finetune)) => {
                         let recipe = Recipe::finetuning(&model, finetune.tokens.0);
+                        let recipe = recipe_of(Schedule::Cosine, train.precision, recipe);
                         (Start::Checkpoint(before.out.join(checkpoint::FOLDER)), finetune.tokens.0, recipe)
                     }
                     // Pretrained, and there is no fine-tuning to do.
@@ -245,6 +247,7 @@ impl Comparison<'_> {
                     // The domain only: as many tokens as the others are pretrained on, unless it stops early.
                     (None, _) => {
                         let recipe = Recipe::pretraining(&model, train.tokens.0);
+                        let recipe = recipe_of(train.schedule, train.precision, recipe);
                         (Start::Scratch { model, end_of_text: manifest.end_of_text }, train.tokens.0, recipe)
                     }
                 };
@@ -340,11 +343,17 @@ impl Comparison<'_> {
     }
 }
 
-fn schedule(schedule: Schedule) -> recipe::Schedule {
-    match schedule {
+/// `recipe` with what a file says about it.
+pub(crate) fn recipe_of(schedule: Schedule, precision: Precision, recipe: Recipe) -> Recipe {
+    let schedule = match schedule {
         Schedule::Cosine => recipe::Schedule::Cosine,
         Schedule::Wsd => recipe::Schedule::Wsd,
-    }
+    };
+    let precision = match precision {
+        Precision::Bf16 => panels::Precision::Bf16,
+        Precision::F32 => panels::Precision::F32,
+    };
+    Recipe { schedule, precision, ..recipe }
 }
 
 /// The usable documents of a source; says how many rows are not.

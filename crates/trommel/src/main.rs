@@ -49,6 +49,7 @@ fn main() -> ExitCode {
 fn dispatch(arguments: Arguments, interrupt: Interrupt) -> anyhow::Result<()> {
     let threads = arguments.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    trommel_kernels::isa::Isa::check().map_err(Error::config)?;
     match arguments.command {
         Command::Run(run) => pipeline::run(&run, threads, interrupt),
         Command::Check(check) => pipeline::check(&check),

@@ -7,7 +7,6 @@ use serde::Serialize;
 use trommel_core::error::{Error, Result};
 use trommel_core::manifest::Manifest;
 use trommel_core::progress::Interrupt;
-use trommel_spec::pipeline::Schedule;
 use trommel_spec::plan::{self, Source};
 use trommel_spec::training::Training;
 use trommel_spec::validate;
@@ -15,11 +14,11 @@ use trommel_trainer::finetune::{FinetunePlan, Start};
 use trommel_trainer::generate::Sampling;
 use trommel_trainer::model::{Config, preset};
 use trommel_trainer::pretrain::PretrainPlan;
-use trommel_trainer::recipe::{self, Recipe};
+use trommel_trainer::recipe::Recipe;
 use trommel_trainer::{checkpoint, device};
 
 use crate::args::{DistillArguments, DocumentsArgument, EvalArguments, FinetuneArguments, GenerateArguments, TrainArguments};
-use crate::compare::{split, usable_texts};
+use crate::compare::{recipe_of, split, usable_texts};
 use crate::pipeline::Mistakes;
 use crate::progress;
 
@@ -31,12 +30,8 @@ pub(crate) fn train(arguments: &TrainArguments, interrupt: &Interrupt) -> anyhow
     let context = training.context as usize;
     let vocab = Manifest::read(&training.shards)?.vocab as usize;
     let model = Config { context, ..preset(&training.model, vocab).map_err(|e| e.file(arguments.training.display()))? };
-    let schedule = match training.schedule {
-        Schedule::Cosine => recipe::Schedule::Cosine,
-        Schedule::Wsd => recipe::Schedule::Wsd,
-    };
     let plan = PretrainPlan {
-        recipe: Recipe { schedule, ..Recipe::pretraining(&model, training.tokens.0) },
+        recipe: recipe_of(training.schedule, training.precision, Recipe::pretraining(&model, training.tokens.0)),
         model,
         context,
         tokens: training.tokens.0,

@@ -1,6 +1,7 @@
 //! Gradients of the whole model against the tape and finite differences, and what the mask hides.
 
 use candle_core::Device;
+use trommel_kernels::panels::Precision;
 use trommel_trainer::engine::Engine;
 use trommel_trainer::model::{Activation, Config};
 use trommel_trainer::parameters::Layout;
@@ -28,24 +29,35 @@ fn assert_close(got: &[f32], expected: &[f32], tolerance: f32, what: &str) {
 
 #[test]
 fn losses_logits_and_gradients_equal_the_tape() {
+    equal_the_tape(Precision::F32, 1e-5, 1e-4);
+}
+
+#[test]
+fn losses_logits_and_gradients_in_bf16_equal_the_tape() {
+    // A `bf16` has 8 bits of mantissa: 4e-3. The tape rounds the results of products too, which we keep in `f32`.
+    equal_the_tape(Precision::Bf16, 1e-2, 3e-2);
+}
+
+fn equal_the_tape(precision: Precision, tolerance: f32, gradient_tolerance: f32) {
     for activation in [Activation::SwiGlu, Activation::Gelu] {
         let config = tiny(activation);
-        let (mut engine, mut tape) = (engine(&config), Tape::new(&config, &parameters(&config), &Device::Cpu, Precision::F32).unwrap());
+        let mut engine = Engine::new(&config, parameters(&config), &Device::Cpu, precision).unwrap();
+        let mut tape = Tape::new(&config, &parameters(&config), &Device::Cpu, precision).unwrap();
         for (sequences, time) in [(1, 1), (3, 7), (2, 32)] {
             let batch = batch(sequences, time, 2);
             let losses = tape.losses_and_gradient(&batch, 0.1).unwrap().to_vec1::<f32>().unwrap();
-            assert_close(&engine.losses(&batch).unwrap(), &losses, 1e-5, "losses");
-            assert_close(&engine.logits(&batch).unwrap(), &tape.logits(&batch).unwrap(), 1e-5, "logits");
+            assert_close(&engine.losses(&batch).unwrap(), &losses, tolerance, "losses");
+            assert_close(&engine.logits(&batch).unwrap(), &tape.logits(&batch).unwrap(), tolerance, "logits");
             let sum = engine.accumulate(&batch, 0.1).unwrap();
             let expected: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
-            assert!((sum / expected - 1.0).abs() < 1e-5);
+            assert!((sum / expected - 1.0).abs() < f64::from(tolerance));
         }
         // Both have added up three batches by now.
         let (gradient, expected) = (engine.gradient().unwrap(), tape.gradient().unwrap());
         for slot in Layout::new(&config).slots() {
-            assert_close(&gradient[slot.range.clone()], &expected[slot.range.clone()], 1e-4, &slot.name);
+            assert_close(&gradient[slot.range.clone()], &expected[slot.range.clone()], gradient_tolerance, &slot.name);
         }
-        assert!((engine.gradient_norm().unwrap() / tape.gradient_norm().unwrap() - 1.0).abs() < 1e-5);
+        assert!((engine.gradient_norm().unwrap() / tape.gradient_norm().unwrap() - 1.0).abs() < f64::from(tolerance));
     }
 }
 
@@ -53,7 +65,8 @@ fn losses_logits_and_gradients_equal_the_tape() {
 fn steps_equal_the_tape() {
     let config = tiny(Activation::SwiGlu);
     let recipe = Recipe { clip: 0.5, ..Recipe::pretraining(&config, 1000) };
-    let (mut engine, mut tape) = (engine(&config), Tape::new(&config, &parameters(&config), &Device::Cpu, Precision::F32).unwrap());
+    let (mut engine, mut tape) =
+        (engine(&config), Tape::new(&config, &parameters(&config), &Device::Cpu, Precision::F32).unwrap());
     let mut on_tape = engine.parameters().unwrap();
     for step in 0..3 {
         let batch = batch(2, 9, step);

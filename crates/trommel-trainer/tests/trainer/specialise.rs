@@ -5,6 +5,7 @@ use std::path::Path;
 
 use candle_core::Device;
 use trommel_core::progress::{Interrupt, Silent};
+use trommel_kernels::panels::Precision;
 use trommel_trainer::evaluate::evaluate;
 use trommel_trainer::finetune::{FinetunePlan, Start, finetune};
 use trommel_trainer::generate::{Sampling, generate};
@@ -21,7 +22,10 @@ fn domain(range: std::ops::Range<usize>) -> Vec<String> {
 
 fn finetune_plan(folder: &Path, start: Start, out: &str) -> FinetunePlan {
     let model = FinetunePlan::model(&start).unwrap();
-    let recipe = Recipe { batch_tokens: 4 * CONTEXT, warmup_steps: 2, learning_rate: 5e-3, ..Recipe::finetuning(&model, 1) };
+    // Evaluations of a finished model are in `f32`; so is this training, that the two can be compared.
+    let precision = Precision::F32;
+    let tuning = Recipe::finetuning(&model, 1);
+    let recipe = Recipe { batch_tokens: 4 * CONTEXT, warmup_steps: 2, learning_rate: 5e-3, precision, ..tuning };
     FinetunePlan {
         start,
         train: domain(20..40),
