@@ -7,8 +7,8 @@ ITERATIONS = 5
 faiss.omp_set_num_threads(arguments.threads)
 path, rows = vectors(size(200_000, 3_000))
 count, width, clusters = *rows.shape, size(1024, 32)
-chosen = np.random.default_rng(18).choice(count, clusters, replace=False)
-start_path = cached(f"start-{count}-{clusters}.f32", lambda path: rows[chosen].tofile(path))
+start = rows[np.random.default_rng(18).choice(count, clusters, replace=False)]
+start_path = cached(f"start-{count}-{clusters}.f32", start.tofile)
 out = path.with_suffix(".kmeans.f32")
 ours = Ours("kmeans", path, start_path, width, ITERATIONS, out, arguments.threads)
 # Every row counts: faiss would take 256 for each cluster.
@@ -29,5 +29,5 @@ def agree():
     return abs(mine / theirs - 1) <= 1e-3
 
 
-compare("k-means fit", "s/iteration", ours.seconds, lambda: seconds(lambda: kmeans.train(rows, init_centroids=rows[chosen])),
+compare("k-means fit", "s/iteration", ours.seconds, lambda: seconds(lambda: kmeans.train(rows, init_centroids=start)),
         floor=1, goal=2, agree=agree, figure=lambda cost: cost / ITERATIONS, packages=["faiss-cpu"])

@@ -114,7 +114,9 @@ class Ours:
     def round(self):
         """What the round said: `seconds` and more."""
         self.process.stdin.write("go\n")
-        return json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        assert line, f"{self.process.args} ended"
+        return json.loads(line)
 
     def seconds(self):
         return self.round()["seconds"]

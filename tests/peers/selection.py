@@ -9,7 +9,6 @@ CLUSTERS = size(1024, 32)
 TOKENS = size(1_500_000, 50_000)
 FOLDER = CACHE / "peers-runs"
 
-
 CORPUS = corpus_files()[:size(None, 1)]
 TEXTS = documents(*CORPUS)
 MEGABYTES = sum(len(text.encode()) for text in TEXTS) / 1e6
@@ -48,7 +47,8 @@ cluster: {{k: {CLUSTERS}}}
 resample: {{tokens: {TOKENS}}}
 shard: {{tokenizer: {{path: {TOKENIZER}}}}}
 """)
-    return run(TROMMEL, "--threads", arguments.threads, "run", folder / "pipeline.yaml", "--until", "shard", "--run-dir", folder)
+    return run(TROMMEL, "--threads", arguments.threads, "run", folder / "pipeline.yaml", "--until", "shard",
+               "--run-dir", folder)
 
 
 def our_shards():

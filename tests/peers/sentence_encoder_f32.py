@@ -37,7 +37,8 @@ def run(precision, floor, goal, bound):
     def agree():
         exact = exact_peer(texts)
         cosine = least_cosine(np.fromfile(out, np.float32).reshape(exact.shape), exact)
-        note(f"least cosine with sentence-transformers in f32: ours {cosine:.6f}, peer {least_cosine(peer(texts), exact):.6f}")
+        theirs = least_cosine(peer(texts), exact)
+        note(f"least cosine with sentence-transformers in f32: ours {cosine:.6f}, peer {theirs:.6f}")
         return cosine > bound
 
     compare(f"sentence encoder {precision}", "windows/s", ours.seconds, lambda: seconds(lambda: peer(texts)), floor=floor,

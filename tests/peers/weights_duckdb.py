@@ -3,7 +3,7 @@
 
 The SQL is the pipeline's own. Ours is a whole process; DuckDB begins with `connect`, so its import is not timed.
 """
-from peers import CACHE, ROOT, TROMMEL, arguments, cached, compare, note, run, seconds, size
+from peers import ROOT, TROMMEL, arguments, cached, compare, note, run, seconds, size
 import json, math, subprocess
 import duckdb, numpy as np, pyarrow as pa, pyarrow.parquet as pq
 
@@ -17,7 +17,7 @@ query = f"SELECT * FROM (WITH histograms AS (\n{histogram}\n) SELECT * FROM (\n{
 
 def assignments(path):
     """A run folder with the columns that the query reads; one source per file, the last fifth of them domains."""
-    path.mkdir()
+    path.mkdir(exist_ok=True)
     random = np.random.default_rng(17)
     names = []
     for file in range(FILES):

@@ -24,6 +24,8 @@ mod principal;
 pub mod sentence_encoder;
 /// A table of token vectors; a text is the mean of its tokens.
 pub mod static_table;
+/// Tokens of plain words.
+mod wordpiece;
 
 /// Turns texts into vectors of unit length whose nearness follows meaning.
 pub trait Embedder: Send + Sync {

@@ -13,11 +13,13 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use safetensors::tensor::Dtype;
-use tokenizers::{NormalizerWrapper, PreTokenizerWrapper, Tokenizer};
+use tokenizers::Tokenizer;
 use trommel_core::error::{Error, Result};
 use trommel_core::key::Key;
+use trommel_kernels::embedding;
 
 use crate::model_folder::{ModelFolder, TOKENIZER, Tensors, parse_tokenizer};
+use crate::wordpiece::{WordPiece, is_separable};
 use crate::{Embedder, assert_shape, normalize};
 
 /// The file whose presence makes a folder a static table.
@@ -35,6 +37,7 @@ const EMBEDDED_TOKENIZER: &[u8] = include_bytes!("../../../data/models/static/to
 pub struct StaticTable {
     tokenizer: Tokenizer,
     separable: bool,
+    words: Option<WordPiece>,
     dimensions: usize,
     /// `(tokens, dimensions)`.
     vectors: Vec<i8>,
@@ -74,6 +77,7 @@ impl StaticTable {
         let vectors = tensors.expect(VECTORS, Dtype::I8, &shape)?;
         Ok(StaticTable {
             separable: is_separable(&tokenizer),
+            words: WordPiece::of(&tokenizer),
             tokenizer,
             dimensions,
             vectors: vectors.data().iter().map(|byte| i8::from_le_bytes([*byte])).collect(),
@@ -82,29 +86,40 @@ impl StaticTable {
         })
     }
 
-    /// One text's vector. `known` remembers words of the texts before; it changes the time and nothing else.
-    fn embed_one(&self, text: &str, known: &mut KnownWords, vector: &mut [f32]) -> Result<()> {
-        vector.fill(0.0);
-        if !self.separable {
-            self.add(&self.tokens(text)?, vector);
-        } else {
+    /// One text's vector. What `memory` holds changes the time and nothing else.
+    fn embed_one(&self, text: &str, memory: &mut Memory, vector: &mut [f32]) -> Result<()> {
+        let Memory { ids, known } = memory;
+        ids.clear();
+        if self.separable {
             for word in text.split(SEPARATORS).filter(|word| !word.is_empty()) {
-                if let Some(ids) = known.get(word) {
-                    self.add(ids, vector);
-                } else {
-                    let ids = self.tokens(word)?;
-                    self.add(&ids, vector);
-                    if known.len() == KNOWN_WORDS_MAX {
-                        known.clear();
-                    }
-                    if word.len() <= KNOWN_WORD_BYTES_MAX {
-                        known.insert(word.to_string(), ids);
-                    }
+                if !self.words.as_ref().is_some_and(|words| words.encode(word.as_bytes(), ids)) {
+                    self.add_word(word, known, ids)?;
                 }
             }
+        } else {
+            ids.extend(self.tokens(text)?);
         }
+        vector.fill(0.0);
+        embedding::add_scaled_rows(&self.vectors, &self.scales, ids, vector);
         // The mean and the sum have the same direction, so the division by the count is left out.
         normalize(vector);
+        Ok(())
+    }
+
+    /// Appends the tokens of a word that [`WordPiece`] does not take.
+    fn add_word(&self, word: &str, known: &mut KnownWords, ids: &mut Vec<u32>) -> Result<()> {
+        if let Some(found) = known.get(word) {
+            ids.extend(found);
+            return Ok(());
+        }
+        let found = self.tokens(word)?;
+        ids.extend(&found);
+        if known.len() == KNOWN_WORDS_MAX {
+            known.clear();
+        }
+        if word.len() <= KNOWN_WORD_BYTES_MAX {
+            known.insert(word.to_string(), found);
+        }
         Ok(())
     }
 
@@ -112,21 +127,17 @@ impl StaticTable {
         let encoding = self.tokenizer.encode_fast(text, false).map_err(|e| Error::data("cannot tokenize a text").source(e))?;
         Ok(encoding.get_ids().to_vec())
     }
-
-    /// Adds the vectors of tokens to `sum` `(dimensions)`.
-    fn add(&self, ids: &[u32], sum: &mut [f32]) {
-        for id in ids {
-            let row = *id as usize;
-            let scale = self.scales[row];
-            if scale != 0.0 {
-                let token = &self.vectors[row * self.dimensions..][..self.dimensions];
-                sum.iter_mut().zip(token).for_each(|(sum, x)| *sum += scale * f32::from(*x));
-            }
-        }
-    }
 }
 
-/// The tokens of words that were seen before. The `tokenizers` crate takes longer for a word than all else together.
+/// What a thread keeps from text to text.
+#[derive(Default)]
+struct Memory {
+    /// The tokens of the text at hand.
+    ids: Vec<u32>,
+    known: KnownWords,
+}
+
+/// The tokens of words that the tokenizer was asked for before.
 type KnownWords = HashMap<String, Vec<u32>>;
 
 /// Words that are remembered until all are forgotten, some 10 MB.
@@ -135,14 +146,6 @@ const KNOWN_WORDS_MAX: usize = 1 << 16;
 const KNOWN_WORD_BYTES_MAX: usize = 32;
 /// What separates words; other white space is left to the tokenizer.
 const SEPARATORS: [char; 4] = [' ', '\n', '\t', '\r'];
-
-/// Whether a text's tokens are those of its words, one after the other: BERT's normalizer looks at single characters, its
-/// pre-tokenizer splits at white space, and there is no added token that could span two words.
-fn is_separable(tokenizer: &Tokenizer) -> bool {
-    matches!(tokenizer.get_normalizer(), Some(NormalizerWrapper::BertNormalizer(_)))
-        && matches!(tokenizer.get_pre_tokenizer(), Some(PreTokenizerWrapper::BertPreTokenizer(_)))
-        && tokenizer.get_added_tokens_decoder().is_empty()
-}
 
 impl Embedder for StaticTable {
     fn dimensions(&self) -> usize {
@@ -157,7 +160,7 @@ impl Embedder for StaticTable {
         assert_shape(texts, self.dimensions, vectors);
         let rows = vectors.par_chunks_exact_mut(self.dimensions);
         let work = texts.par_iter().zip(rows);
-        work.try_for_each_init(KnownWords::new, |known, (text, vector)| self.embed_one(text, known, vector))
+        work.try_for_each_init(Memory::default, |memory, (text, vector)| self.embed_one(text, memory, vector))
     }
 }
 

@@ -2,6 +2,8 @@
 
 use rayon::prelude::*;
 
+use crate::vectorize::vectorized;
+
 /// Copies the row of `table` (vocab, width) of each token to `out` (tokens, width). Every token is below `vocab`.
 pub fn forward(table: &[f32], width: usize, tokens: &[u32], out: &mut [f32]) {
     assert_eq!(out.len(), tokens.len() * width);
@@ -30,6 +32,25 @@ pub fn backward(gradient: &[f32], width: usize, tokens: &[u32], table_gradient: 
     });
 }
 
+/// Adds the row of each of `ids`, times its scale, to `sum` (width); `table` is (vocab, width), `scales` (vocab).
+pub fn add_scaled_rows(table: &[i8], scales: &[f32], ids: &[u32], sum: &mut [f32]) {
+    assert_eq!(table.len(), scales.len() * sum.len());
+    for_each_row(table, scales, ids, sum);
+}
+
+vectorized! {
+    fn for_each_row(table: &[i8], scales: &[f32], ids: &[u32], sum: &mut [f32]) {
+        let width = sum.len();
+        for id in ids {
+            let row = *id as usize;
+            let scale = scales[row];
+            for (sum, x) in sum.iter_mut().zip(&table[row * width..(row + 1) * width]) {
+                *sum += scale * f32::from(*x);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,5 +75,15 @@ mod tests {
             }
         }
         assert_eq!(sums, expected);
+    }
+
+    #[test]
+    fn scaled_rows_add_up() {
+        let (table, scales) = ([1, 2, -128, 127, 0, 5], [0.5, 0.0, 2.0]);
+        let mut sum = [1.0, 1.0];
+        add_scaled_rows(&table, &scales, &[2, 1, 0, 2], &mut sum);
+        assert_eq!(sum, [1.5, 22.0]);
+        add_scaled_rows(&table, &scales, &[], &mut sum);
+        assert_eq!(sum, [1.5, 22.0]);
     }
 }

@@ -1,12 +1,21 @@
 //! The nearest of many centroids, the step of clustering that must scale.
 //!
-//! `|x - c|^2 = |x|^2 - 2 x.c + |c|^2`, so the work is one matrix product per block of rows. Every block has the same
-//! shape (the last one is padded with zeros), so that a vector's answer has the same bits wherever it stands.
+//! `|x - c|^2 = |x|^2 - 2 x.c + |c|^2`, so the work is one matrix product per block of rows. It runs in `bf16` where the
+//! processor multiplies that; then every centroid that could be the nearest, by the bound of the rounding, is looked at again
+//! in `f32`, with sums in one order. So the answers have the same bits on every processor, wherever a vector stands:
+//!
+//! ```text
+//!   score(c) = |c|^2 - 2 x'.c'          x', c' rounded
+//!   |score(c) - exact(c)| <= 2 (|x - x'| |c| + |x'| |c - c'|) + (what sums in f32 lose)      [Cauchy-Schwarz]
+//!   candidates: score(c) <= lowest score + 2 * bound
+//! ```
 
 use rayon::prelude::*;
 
-use crate::matmul::{Matrix, MatrixMut, Target, multiply};
-use crate::vectorize::{dot, vectorized};
+use crate::isa::Isa;
+use crate::matmul::{Matrix, MatrixMut, Target};
+use crate::panels::{Panels, Precision, round_to_bf16};
+use crate::vectorize::{LANES, dot, fold, vectorized};
 
 /// Rows of a block.
 const ROWS: usize = 128;
@@ -14,11 +23,36 @@ const ROWS: usize = 128;
 const COLUMNS: usize = 512;
 
 /// Points that vectors are compared with.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Centroids {
     points: Vec<f32>,
     squared_norms: Vec<f32>,
     dimensions: usize,
+    blocks: Vec<Panels>, // (dimensions, COLUMNS) each
+    precision: Precision,
+    /// The longest centroid, and the longest difference between a centroid and what it is rounded to.
+    largest: Size,
+}
+
+/// Length of a vector, and of what rounding takes from it.
+#[derive(Debug, Clone, Copy, Default)]
+struct Size {
+    norm: f32,
+    residual: f32,
+}
+
+impl Size {
+    fn of(vector: &[f32], precision: Precision) -> Size {
+        let residual = if precision == Precision::Bf16 { squared_residual(vector).sqrt() } else { 0.0 };
+        Size { norm: squared_norm(vector).sqrt(), residual }
+    }
+}
+
+/// A centroid that may be the nearest.
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    index: u32,
+    score: f32,
 }
 
 /// The nearest centroid of one vector.
@@ -33,12 +67,26 @@ pub struct Nearest {
 impl Centroids {
     /// `points` is `(centroids, dimensions)`, with at least one centroid, all finite.
     pub fn new(points: Vec<f32>, dimensions: usize) -> Self {
+        let precision = if Isa::current() >= Isa::Avx512Bf16 { Precision::Bf16 } else { Precision::F32 };
+        Self::in_precision(precision, points, dimensions)
+    }
+
+    fn in_precision(precision: Precision, points: Vec<f32>, dimensions: usize) -> Self {
         assert!(
             dimensions > 0 && !points.is_empty() && points.len().is_multiple_of(dimensions),
             "centroids have a wrong shape"
         );
+        let blocks = points.chunks(COLUMNS * dimensions).map(|points| {
+            let mut panels = Panels::new(precision);
+            panels.pack(Matrix::new(points, points.len() / dimensions, dimensions).transposed());
+            panels
+        });
+        let largest = points.chunks_exact(dimensions).fold(Size::default(), |largest, point| {
+            let size = Size::of(point, precision);
+            Size { norm: largest.norm.max(size.norm), residual: largest.residual.max(size.residual) }
+        });
         let squared_norms = points.chunks_exact(dimensions).map(squared_norm).collect();
-        Centroids { points, squared_norms, dimensions }
+        Centroids { blocks: blocks.collect(), points, squared_norms, dimensions, precision, largest }
     }
 
     /// Number of centroids.
@@ -56,52 +104,117 @@ impl Centroids {
         assert!(vectors.len().is_multiple_of(self.dimensions), "vectors have a wrong shape");
         let mut found = vec![Nearest { index: 0, squared_distance: f32::INFINITY }; vectors.len() / self.dimensions];
         found.par_chunks_mut(ROWS).zip(vectors.par_chunks(ROWS * self.dimensions)).for_each_init(
-            || (vec![0.0; ROWS * COLUMNS], vec![0.0; ROWS * self.dimensions]),
-            |(scores, padded), (found, vectors)| {
-                padded[..vectors.len()].copy_from_slice(vectors);
-                padded[vectors.len()..].fill(0.0);
-                self.nearest_of_block(padded, scores, found);
+            || (vec![0.0; ROWS * COLUMNS], vec![Vec::new(); ROWS]),
+            |(scores, candidates), (found, vectors)| {
+                self.find_candidates(vectors, scores, &mut candidates[..found.len()]);
+                let rows = found.iter_mut().zip(vectors.chunks_exact(self.dimensions)).zip(candidates);
+                rows.for_each(|((found, vector), candidates)| *found = self.nearest_of(vector, candidates));
             },
         );
         found
     }
 
-    fn nearest_of_block(&self, vectors: &[f32], scores: &mut [f32], found: &mut [Nearest]) {
-        for (block, points) in self.points.chunks(COLUMNS * self.dimensions).enumerate() {
-            let columns = points.len() / self.dimensions;
-            let scores = &mut scores[..ROWS * columns];
-            multiply(
-                MatrixMut::new(scores, ROWS, columns),
-                Target::Overwrite,
-                -2.0,
-                Matrix::new(vectors, ROWS, self.dimensions),
-                Matrix::new(points, columns, self.dimensions).transposed(),
-            );
+    /// Leaves, for each of the `vectors` of one block, the centroids that can be the nearest, in their order.
+    fn find_candidates(&self, vectors: &[f32], scores: &mut [f32], candidates: &mut [Vec<Candidate>]) {
+        let rows = candidates.len();
+        let within: Vec<f32> = vectors.chunks_exact(self.dimensions).map(|vector| self.doubt(vector)).collect();
+        let mut lowest = vec![f32::INFINITY; rows];
+        candidates.iter_mut().for_each(Vec::clear);
+        for (block, panels) in self.blocks.iter().enumerate() {
             let first = block * COLUMNS;
-            let norms = &self.squared_norms[first..first + columns];
-            for (best, scores) in found.iter_mut().zip(scores.chunks_exact_mut(columns)) {
-                let lowest = add_and_find_lowest(scores, norms);
-                if lowest < best.squared_distance {
-                    let position = scores.iter().position(|&s| s == lowest).unwrap_or(0);
-                    *best = Nearest { index: (first + position) as u32, squared_distance: lowest };
-                }
+            let norms = &self.squared_norms[first..(first + COLUMNS).min(self.count())];
+            let scores = &mut scores[..rows * norms.len()];
+            let vectors = Matrix::new(vectors, rows, self.dimensions);
+            panels.multiply(MatrixMut::new(scores, rows, norms.len()), Target::Overwrite, vectors);
+            for (row, scores) in scores.chunks_exact_mut(norms.len()).enumerate() {
+                lowest[row] = score(scores, norms).min(lowest[row]);
+                collect_up_to(scores, lowest[row] + within[row], first as u32, &mut candidates[row]);
             }
         }
-        for (best, vector) in found.iter_mut().zip(vectors.chunks_exact(self.dimensions)) {
-            best.squared_distance = (best.squared_distance + squared_norm(vector)).max(0.0);
+        for ((candidates, lowest), within) in candidates.iter_mut().zip(lowest).zip(within) {
+            candidates.retain(|candidate| candidate.score <= lowest + within);
+        }
+    }
+
+    /// How far the score of the nearest centroid can be above the lowest score: twice the bound of one score.
+    fn doubt(&self, vector: &[f32]) -> f32 {
+        let size = Size::of(vector, self.precision);
+        let rounding = size.residual * self.largest.norm + (size.norm + size.residual) * self.largest.residual;
+        // A sum of n numbers in f32, in whatever order, is off by at most n roundings of the sum of their magnitudes.
+        let summing = (self.dimensions + 4) as f32 * f32::EPSILON * (size.norm + self.largest.norm) * self.largest.norm;
+        4.0 * (rounding + summing)
+    }
+
+    /// The candidate at the lowest distance, the first one of several.
+    fn nearest_of(&self, vector: &[f32], candidates: &[Candidate]) -> Nearest {
+        let mut best = Nearest { index: 0, squared_distance: f32::INFINITY };
+        for candidate in candidates {
+            let at = candidate.index as usize;
+            let point = &self.points[at * self.dimensions..(at + 1) * self.dimensions];
+            let squared_distance = self.squared_norms[at] - 2.0 * product(vector, point);
+            if squared_distance < best.squared_distance {
+                best = Nearest { index: candidate.index, squared_distance };
+            }
+        }
+        best.squared_distance = (best.squared_distance + squared_norm(vector)).max(0.0);
+        best
+    }
+}
+
+vectorized! {
+    /// Turns products into scores, `norm - 2 product`, and returns the lowest.
+    fn score(products: &mut [f32], norms: &[f32]) -> f32 {
+        let mut lowest = [f32::INFINITY; LANES];
+        let (mut lanes, norm_lanes) = (products.chunks_exact_mut(LANES), norms.chunks_exact(LANES));
+        let norms_left = norm_lanes.remainder();
+        for (products, norms) in (&mut lanes).zip(norm_lanes) {
+            for lane in 0..LANES {
+                products[lane] = norms[lane] - 2.0 * products[lane];
+                lowest[lane] = if products[lane] < lowest[lane] { products[lane] } else { lowest[lane] };
+            }
+        }
+        for (product, norm) in lanes.into_remainder().iter_mut().zip(norms_left) {
+            *product = norm - 2.0 * *product;
+            lowest[0] = if *product < lowest[0] { *product } else { lowest[0] };
+        }
+        lowest.into_iter().fold(f32::INFINITY, f32::min)
+    }
+}
+
+/// Appends the scores of at most `limit`; the first one belongs to the centroid `first`.
+fn collect_up_to(scores: &[f32], limit: f32, first: u32, candidates: &mut Vec<Candidate>) {
+    for (chunk, scores) in scores.chunks(4 * LANES).enumerate() {
+        if any_up_to(scores, limit) {
+            let first = first + (chunk * 4 * LANES) as u32;
+            let these = scores.iter().zip(first..).filter(|(score, _)| **score <= limit);
+            candidates.extend(these.map(|(&score, index)| Candidate { index, score }));
         }
     }
 }
 
 vectorized! {
-    /// Adds `norms` to `scores` and returns the lowest sum.
-    fn add_and_find_lowest(scores: &mut [f32], norms: &[f32]) -> f32 {
-        let mut lowest = f32::INFINITY;
-        for (score, norm) in scores.iter_mut().zip(norms) {
-            *score += norm;
-            lowest = if *score < lowest { *score } else { lowest };
+    fn any_up_to(scores: &[f32], limit: f32) -> bool {
+        scores.iter().fold(false, |any, score| any | (*score <= limit))
+    }
+}
+
+vectorized! {
+    fn product(a: &[f32], b: &[f32]) -> f32 {
+        dot(a, b)
+    }
+}
+
+vectorized! {
+    /// The squared length of what rounding to `bf16` takes from a vector.
+    fn squared_residual(vector: &[f32]) -> f32 {
+        let mut sums = [0f32; LANES];
+        for vector in vector.chunks(LANES) {
+            for (sum, x) in sums.iter_mut().zip(vector) {
+                let residual = x - round_to_bf16(*x);
+                *sum += residual * residual;
+            }
         }
-        lowest
+        fold(sums)
     }
 }
 
@@ -131,24 +244,45 @@ vectorized! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::probe::numbers;
 
-    fn numbers(n: usize, salt: u32) -> Vec<f32> {
-        (0..n as u32).map(|i| ((i ^ salt).wrapping_mul(2_654_435_761) >> 8) as f32 / (1u32 << 24) as f32 - 0.5).collect()
-    }
+    const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
     #[test]
     fn nearest_equals_the_naive_search_at_odd_sizes() {
         for (rows, count, dimensions) in [(1, 1, 1), (3, 2, 5), (130, 513, 33), (257, 1030, 64), (0, 4, 8)] {
             let (vectors, points) = (numbers(rows * dimensions, 1), numbers(count * dimensions, 99));
-            let found = Centroids::new(points.clone(), dimensions).nearest(&vectors);
-            assert_eq!(found.len(), rows);
-            for (found, vector) in found.iter().zip(vectors.chunks_exact(dimensions)) {
-                let distances: Vec<f32> = points.chunks_exact(dimensions).map(|p| squared_distance(vector, p)).collect();
-                let lowest = distances.iter().copied().fold(f32::INFINITY, f32::min);
-                assert!((distances[found.index as usize] - lowest).abs() < 1e-5);
-                assert!((found.squared_distance - lowest).abs() < 1e-5);
+            for precision in BOTH {
+                let found = Centroids::in_precision(precision, points.clone(), dimensions).nearest(&vectors);
+                assert_eq!(found.len(), rows);
+                for (found, vector) in found.iter().zip(vectors.chunks_exact(dimensions)) {
+                    let distances: Vec<f32> = points.chunks_exact(dimensions).map(|p| squared_distance(vector, p)).collect();
+                    let lowest = distances.iter().copied().fold(f32::INFINITY, f32::min);
+                    assert!((distances[found.index as usize] - lowest).abs() < 1e-5);
+                    assert!((found.squared_distance - lowest).abs() < 1e-5);
+                }
             }
         }
+    }
+
+    #[test]
+    fn the_bits_do_not_depend_on_the_precision() {
+        // Centroids that differ by less than a `bf16` can tell, some of them large, and rows at many scales.
+        let (dimensions, count) = (40, 600);
+        let base = numbers(dimensions, 3);
+        let points: Vec<f32> = numbers(count * dimensions, 4)
+            .iter()
+            .enumerate()
+            .map(|(i, x)| (base[i % dimensions] + 1e-3 * x) * if i / dimensions == 77 { 50.0 } else { 1.0 })
+            .collect();
+        let vectors: Vec<f32> = numbers(200 * dimensions, 5)
+            .iter()
+            .enumerate()
+            .map(|(i, x)| (base[i % dimensions] + 1e-3 * x) * [1.0, 0.0, 40.0, 1e-6][i / dimensions % 4])
+            .collect();
+        let [f32_found, bf16_found] =
+            BOTH.map(|precision| Centroids::in_precision(precision, points.clone(), dimensions).nearest(&vectors));
+        assert_eq!(f32_found, bf16_found);
     }
 
     #[test]

@@ -243,10 +243,16 @@ fn round(x: f32) -> u32 {
     if x.is_nan() { 0x7fc0 } else { rounded }
 }
 
+/// The number of `bf16` that is nearest to `x`.
+#[inline(always)]
+pub(crate) fn round_to_bf16(x: f32) -> f32 {
+    f32::from_bits(round(x) << 16)
+}
+
 vectorized! {
     /// Rounds each number to `bf16`.
     fn round_all(numbers: &mut [f32]) {
-        numbers.iter_mut().for_each(|x| *x = f32::from_bits(round(*x) << 16));
+        numbers.iter_mut().for_each(|x| *x = round_to_bf16(*x));
     }
 }
 
