@@ -27,7 +27,7 @@ fn only(these: &[&str], depend_on: &str) {
 #[test]
 fn heavy_libraries_have_one_home() {
     only(&["trommel-pipeline", "trommel"], "datafusion");
-    only(&["trommel-embed", "trommel-trainer", "trommel"], "candle-core");
+    only(&["trommel-trainer", "trommel"], "candle-core");
     only(&["trommel-spec"], "saphyr");
     only(&["trommel-kernels"], "gemm");
     only(&["trommel", "xtask"], "clap");

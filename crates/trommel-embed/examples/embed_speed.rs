@@ -6,11 +6,12 @@ use std::time::Instant;
 use trommel_core::error::{Error, Result};
 use trommel_core::storage::write_bytes;
 use trommel_embed::load::load;
+use trommel_kernels::panels::Precision;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let (model, path) = match &arguments[..] {
-        [model, path] | [model, path, _] => (load(model)?, path),
+        [model, path] | [model, path, _] => (load(model, Precision::Bf16)?, path),
         _ => return Err(Error::config("usage: embed_speed MODEL TEXTS.jsonl [VECTORS.f32]")),
     };
     let lines = std::fs::read_to_string(path).map_err(|e| Error::data("cannot read the texts").file(path).source(e))?;

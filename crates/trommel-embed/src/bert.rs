@@ -1,13 +1,14 @@
 //! The encoder's forward pass: BERT (Devlin et al. 2019) as `transformers.BertModel` computes it, for inference.
 //!
-//! Shapes: `n` texts of `time` tokens each give `(n * time, hidden)` activations. All texts of a call have the same length, so
-//! that nothing is padded and no attention mask is needed. candle multiplies the matrices; `crate::fused` does the rest.
+//! One text runs at a time, on the calling thread: nothing is padded, no attention mask is needed, and the rows of a text,
+//! `(time, hidden)`, stay in the cache of one core. The kernels are those of the trainer.
 
-use candle_core::{Device, Tensor};
-use trommel_core::error::{Error, Result};
+use trommel_core::error::Result;
+use trommel_kernels::encoder::{LayerNorm, add_bias, add_bias_and_gelu, attend};
+use trommel_kernels::matmul::{Matrix, MatrixMut, Target};
+use trommel_kernels::panels::{Panels, Precision};
 
 use crate::encoder_config::BertConfig;
-use crate::fused::{Add, AddBias, BiasGelu, LayerNorm, ScaledSoftmax};
 use crate::model_folder::Tensors;
 
 /// The weights of a BERT encoder.
@@ -18,7 +19,7 @@ pub(crate) struct Bert {
     words: Vec<f32>,
     /// `(positions, hidden)`, with the embedding of token type 0 added: we never encode pairs of texts.
     positions: Vec<f32>,
-    norm: Norm,
+    norm: LayerNorm,
     layers: Vec<Layer>,
 }
 
@@ -26,30 +27,34 @@ struct Layer {
     /// Query, key and value side by side: `(hidden, 3 * hidden)`.
     projections: Linear,
     attention_output: Linear,
-    attention_norm: Norm,
+    attention_norm: LayerNorm,
     up: Linear,
     down: Linear,
-    norm: Norm,
+    norm: LayerNorm,
 }
 
-/// `weight` is stored as `(in, out)`, transposed from PyTorch's `(out, in)`: the product then reads it in order.
+/// `x weight + bias`, where `weight` is `(in, out)`, transposed from PyTorch's `(out, in)`.
 struct Linear {
-    weight: Tensor,
-    bias: Tensor,
+    weight: Panels,
+    bias: Vec<f32>,
 }
 
-struct Norm {
-    weight: Tensor,
-    bias: Tensor,
-    epsilon: f64,
+/// Memory of one thread's passes.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    states: Vec<f32>,    // (time, hidden)
+    projected: Vec<f32>, // (time, 3 * hidden)
+    attended: Vec<f32>,  // (time, hidden)
+    wide: Vec<f32>,      // (time, intermediate)
+    scores: Vec<f32>,    // (time, time)
 }
 
 impl Bert {
     /// The weights from `model.safetensors`, whose tensors may all be prefixed with `bert.`.
-    pub(crate) fn from_tensors(tensors: &Tensors, config: &BertConfig) -> Result<Self> {
+    pub(crate) fn from_tensors(tensors: &Tensors, config: &BertConfig, precision: Precision) -> Result<Self> {
         let words = "embeddings.word_embeddings.weight";
         let prefix = if tensors.has(&format!("bert.{words}")) { "bert." } else { "" };
-        let read = Reader { tensors, config, prefix };
+        let read = Reader { tensors, config, prefix, precision };
         let hidden = config.hidden_size;
         let types = read.floats("embeddings.token_type_embeddings.weight", &[config.type_vocab_size, hidden])?;
         let mut positions = read.floats("embeddings.position_embeddings.weight", &[config.max_position_embeddings, hidden])?;
@@ -66,63 +71,49 @@ impl Bert {
         })
     }
 
-    /// The last layer's states: `ids` `(n, time)` gives `(n, time, hidden)`.
-    pub(crate) fn states(&self, ids: &[u32], time: usize) -> Result<Vec<f32>> {
-        let failed = |e| Error::internal("the sentence encoder failed").source(e);
-        self.forward(ids, time).and_then(|states| states.flatten_all()?.to_vec1()).map_err(failed)
-    }
-
-    fn forward(&self, ids: &[u32], time: usize) -> candle_core::Result<Tensor> {
-        let mut embedded = Vec::with_capacity(ids.len() * self.hidden);
+    /// The last layer's states of one text: `ids` (time) gives `(time, hidden)`, in `scratch`.
+    pub(crate) fn states<'a>(&self, ids: &[u32], scratch: &'a mut Scratch) -> &'a [f32] {
+        let (time, hidden) = (ids.len(), self.hidden);
+        let Scratch { states, projected, attended, wide, scores } = scratch;
+        states.clear();
         for (at, id) in ids.iter().enumerate() {
-            let word = &self.words[*id as usize * self.hidden..][..self.hidden];
-            let position = &self.positions[at % time * self.hidden..][..self.hidden];
-            embedded.extend(word.iter().zip(position).map(|(word, position)| word + position));
+            let word = &self.words[*id as usize * hidden..][..hidden];
+            let position = &self.positions[at * hidden..][..hidden];
+            states.extend(word.iter().zip(position).map(|(word, position)| word + position));
         }
-        let mut states = Tensor::from_vec(embedded, (ids.len(), self.hidden), &Device::Cpu)?; // (n * time, hidden)
-        self.norm.apply(&states)?;
+        self.norm.apply(states);
+        attended.resize(time * hidden, 0.0);
         for layer in &self.layers {
-            let attended = layer.attend(&states, time, self.heads)?;
-            let attended = layer.attention_output.apply(&attended)?;
-            attended.inplace_op2(&states, &Add)?;
-            layer.attention_norm.apply(&attended)?;
-            let wide = attended.matmul(&layer.up.weight)?; // (n * time, intermediate)
-            wide.inplace_op2(&layer.up.bias, &BiasGelu)?;
-            states = layer.down.apply(&wide)?; // (n * time, hidden)
-            states.inplace_op2(&attended, &Add)?;
-            layer.norm.apply(&states)?;
-        }
-        Ok(states)
-    }
-}
+            layer.projections.apply(states, projected);
+            add_bias(projected, &layer.projections.bias);
+            attend(projected, hidden, self.heads, attended, scores);
+            layer.attention_output.add_to(states, attended);
+            layer.attention_norm.apply(states);
 
-impl Layer {
-    /// Multi-head self-attention before its output projection: `(n * time, hidden)` to the same shape.
-    fn attend(&self, states: &Tensor, time: usize, heads: usize) -> candle_core::Result<Tensor> {
-        let (rows, hidden) = states.dims2()?;
-        let (texts, width) = (rows / time, hidden / heads);
-        let projected = self.projections.apply(states)?.reshape((texts, time, 3, heads, width))?;
-        // (3, texts, heads, time, width), then one of the three as (texts * heads, time, width)
-        let projected = projected.permute((2, 0, 3, 1, 4))?.contiguous()?.reshape((3, texts * heads, time, width))?;
-        let (query, key, value) = (projected.get(0)?, projected.get(1)?, projected.get(2)?);
-        let scores = query.matmul(&key.t()?)?; // (texts * heads, time, time)
-        scores.inplace_op1(&ScaledSoftmax { scale: 1.0 / (width as f32).sqrt() })?;
-        let mixed = scores.matmul(&value)?.reshape((texts, heads, time, width))?;
-        mixed.transpose(1, 2)?.contiguous()?.reshape((rows, hidden))
+            layer.up.apply(states, wide);
+            add_bias_and_gelu(wide, &layer.up.bias);
+            layer.down.add_to(states, wide);
+            layer.norm.apply(states);
+        }
+        states
     }
 }
 
 impl Linear {
-    fn apply(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let y = x.matmul(&self.weight)?;
-        y.inplace_op2(&self.bias, &AddBias)?;
-        Ok(y)
+    /// `out = x weight`; the bias is left to the caller.
+    fn apply(&self, x: &[f32], out: &mut Vec<f32>) {
+        let (inputs, outputs) = (self.weight.rows(), self.bias.len());
+        let rows = x.len() / inputs;
+        out.resize(rows * outputs, 0.0);
+        self.weight.multiply(MatrixMut::new(out, rows, outputs), Target::Overwrite, Matrix::new(x, rows, inputs));
     }
-}
 
-impl Norm {
-    fn apply(&self, x: &Tensor) -> candle_core::Result<()> {
-        x.inplace_op3(&self.weight, &self.bias, &LayerNorm { epsilon: self.epsilon })
+    /// `out += x weight + bias`.
+    fn add_to(&self, out: &mut [f32], x: &[f32]) {
+        let (inputs, outputs) = (self.weight.rows(), self.bias.len());
+        let rows = x.len() / inputs;
+        add_bias(out, &self.bias);
+        self.weight.multiply(MatrixMut::new(out, rows, outputs), Target::Add, Matrix::new(x, rows, inputs));
     }
 }
 
@@ -131,6 +122,7 @@ struct Reader<'a> {
     tensors: &'a Tensors<'a>,
     config: &'a BertConfig,
     prefix: &'static str,
+    precision: Precision,
 }
 
 impl Reader<'_> {
@@ -159,20 +151,35 @@ impl Reader<'_> {
             weight.extend(self.floats(&format!("{name}.weight"), &[outputs, inputs])?);
             bias.extend(self.floats(&format!("{name}.bias"), &[outputs])?);
         }
-        let failed = |e: candle_core::Error| Error::internal("cannot arrange the weights").source(e);
         let outputs = bias.len();
-        let weight = Tensor::from_vec(weight, (outputs, inputs), &Device::Cpu).map_err(failed)?;
-        let weight = weight.t().and_then(|w| w.contiguous()).map_err(failed)?;
-        Ok(Linear { weight, bias: Tensor::from_vec(bias, outputs, &Device::Cpu).map_err(failed)? })
+        let mut panels = Panels::new(self.precision);
+        panels.pack(Matrix::new(&weight, outputs, inputs).transposed());
+        Ok(Linear { weight: panels, bias })
     }
 
-    fn norm(&self, name: &str) -> Result<Norm> {
-        let read = |part: &str| {
-            let values = self.floats(&format!("{name}.{part}"), &[self.config.hidden_size])?;
-            let length = values.len();
-            let failed = |e| Error::internal("cannot arrange the weights").source(e);
-            Tensor::from_vec(values, length, &Device::Cpu).map_err(failed)
-        };
-        Ok(Norm { weight: read("weight")?, bias: read("bias")?, epsilon: self.config.layer_norm_eps })
+    fn norm(&self, name: &str) -> Result<LayerNorm> {
+        let read = |part: &str| self.floats(&format!("{name}.{part}"), &[self.config.hidden_size]);
+        Ok(LayerNorm { weight: read("weight")?, bias: read("bias")?, epsilon: self.config.layer_norm_eps as f32 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+
+    // candle's composed operations are the reference.
+    #[test]
+    fn layer_norm_follows_candle() {
+        let values: Vec<f32> = (0..60).map(|i| ((i * 37) % 60) as f32 * 0.3 - 9.0).collect();
+        let tensor = |values: &[f32], rows: usize| Tensor::from_slice(values, (rows, 20), &Device::Cpu).unwrap();
+        let (weight, bias) = (tensor(&values[..20], 1).squeeze(0).unwrap(), tensor(&values[20..40], 1).squeeze(0).unwrap());
+        let expected = candle_nn::ops::layer_norm_slow(&tensor(&values, 3), &weight, &bias, 1e-12).unwrap();
+        let mut ours = values.clone();
+        LayerNorm { weight: values[..20].to_vec(), bias: values[20..40].to_vec(), epsilon: 1e-12 }.apply(&mut ours);
+        for (a, b) in ours.iter().zip(expected.flatten_all().unwrap().to_vec1::<f32>().unwrap()) {
+            assert!((a - b).abs() < 2e-5, "{a} {b}");
+        }
     }
 }

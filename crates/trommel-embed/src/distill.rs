@@ -22,8 +22,10 @@ use serde_json::{Map, Value, json};
 use trommel_core::error::{Error, Result};
 use trommel_core::progress::Progress;
 use trommel_core::storage::write_bytes;
+use trommel_kernels::panels::Precision;
 
 use crate::Embedder;
+use crate::bert::Scratch;
 use crate::model_folder::TOKENIZER;
 use crate::principal::Principal;
 use crate::sentence_encoder::{SentenceEncoder, unknown_token};
@@ -60,7 +62,7 @@ pub fn distill(encoder: &Path, output: &Path, dimensions: usize, progress: &dyn 
     if output.join("config.json").exists() {
         return Err(Error::config("the output folder holds another model").file(output.display()).hint("name a new folder"));
     }
-    let model = SentenceEncoder::read(encoder)?;
+    let model = SentenceEncoder::read(encoder, Precision::F32)?;
     if !(1..=model.dimensions()).contains(&dimensions) {
         let message = format!("`dimensions` is {dimensions}, possible is 1 to {}, the encoder's own", model.dimensions());
         return Err(Error::config(message));
@@ -157,13 +159,13 @@ fn token_states(model: &SentenceEncoder, vocabulary: &Vocabulary, progress: &dyn
     let batches: Vec<Vec<f32>> = vocabulary
         .ids
         .par_chunks(BATCH)
-        .map(|ids| {
-            let framed: Vec<u32> = ids.iter().flat_map(|id| [start, *id, end]).collect();
-            let states = model.states(&framed, 3)?; // (ids, 3, hidden)
+        .map_init(Scratch::default, |scratch, ids| {
+            let state = |id: &u32| model.states(&[start, *id, end], scratch)[hidden..2 * hidden].to_vec();
+            let states = ids.iter().flat_map(state).collect();
             progress.advance(ids.len() as u64);
-            Ok(states.chunks_exact(3 * hidden).flat_map(|state| &state[hidden..2 * hidden]).copied().collect())
+            states
         })
-        .collect::<Result<_>>()?;
+        .collect();
     progress.end();
     let states: Vec<f64> = batches.iter().flatten().map(|x| f64::from(*x)).collect();
     Array2::from_shape_vec((vocabulary.ids.len(), hidden), states)

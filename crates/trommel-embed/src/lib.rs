@@ -12,8 +12,6 @@ mod bert;
 pub mod distill;
 /// What a sentence-transformers folder says about its model, checked against what we can run.
 mod encoder_config;
-/// The element-wise steps of the forward pass, each one pass over memory.
-mod fused;
 /// The folder or name of a model, as a user writes it, to the model.
 pub mod load;
 /// The files of a model folder, each error naming the file.

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use trommel_core::error::{Error, Result};
+use trommel_kernels::panels::Precision;
 
 use crate::Embedder;
 use crate::model_folder::MODEL_HINT;
@@ -12,8 +13,9 @@ use crate::static_table::{STATIC_TABLE, StaticTable};
 /// The name of the static table that the binary carries.
 pub const DEFAULT_MODEL: &str = "static";
 
-/// The model that `model` names: [`DEFAULT_MODEL`], or a folder, whose content says which kind it is.
-pub fn load(model: &str) -> Result<Box<dyn Embedder>> {
+/// The model that `model` names: [`DEFAULT_MODEL`], or a folder, whose content says which kind it is. `precision` is that of
+/// a sentence encoder's matrix products; a static table has none.
+pub fn load(model: &str, precision: Precision) -> Result<Box<dyn Embedder>> {
     if model == DEFAULT_MODEL {
         return Ok(Box::new(StaticTable::embedded()?));
     }
@@ -25,5 +27,5 @@ pub fn load(model: &str) -> Result<Box<dyn Embedder>> {
     if folder.join(STATIC_TABLE).is_file() {
         return Ok(Box::new(StaticTable::read(folder)?));
     }
-    Ok(Box::new(SentenceEncoder::read(folder)?))
+    Ok(Box::new(SentenceEncoder::read(folder, precision)?))
 }

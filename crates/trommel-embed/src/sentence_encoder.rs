@@ -10,8 +10,9 @@ use rayon::prelude::*;
 use tokenizers::{ModelWrapper, Tokenizer, TruncationParams};
 use trommel_core::error::{Error, Result};
 use trommel_core::key::Key;
+use trommel_kernels::panels::Precision;
 
-use crate::bert::Bert;
+use crate::bert::{Bert, Scratch};
 use crate::encoder_config::{BertConfig, TextConfig, check_modules};
 use crate::model_folder::{ModelFolder, TOKENIZER, Tensors};
 use crate::{Embedder, assert_shape, normalize};
@@ -28,7 +29,7 @@ pub struct SentenceEncoder {
 
 impl SentenceEncoder {
     /// Reads the folder and checks that we follow everything that it asks for.
-    pub fn read(folder: &Path) -> Result<Self> {
+    pub fn read(folder: &Path, precision: Precision) -> Result<Self> {
         let mut folder = ModelFolder::new(folder);
         let config = BertConfig::read(&mut folder)?;
         check_modules(&mut folder)?;
@@ -39,14 +40,17 @@ impl SentenceEncoder {
         tokenizer.with_truncation(Some(truncation)).map_err(|e| Error::data("the tokenizer cannot truncate").source(e))?;
         let weights = "model.safetensors";
         let bytes = folder.read(weights)?;
-        let bert = Bert::from_tensors(&Tensors::parse(folder.file(weights), &bytes)?, &config)?;
+        let bert = Bert::from_tensors(&Tensors::parse(folder.file(weights), &bytes)?, &config, precision)?;
         Ok(SentenceEncoder {
             bert,
             dimensions: config.hidden_size,
             unknown: unknown_token(&tokenizer),
             tokenizer,
             lower_case: text.do_lower_case,
-            key: folder.key("sentence-encoder"),
+            key: folder.key(match precision {
+                Precision::F32 => "sentence-encoder",
+                Precision::Bf16 => "sentence-encoder-bf16",
+            }),
         })
     }
 
@@ -55,9 +59,9 @@ impl SentenceEncoder {
         &self.tokenizer
     }
 
-    /// The last layer's states of token sequences of one length: `ids` `(n, time)` gives `(n, time, dimensions)`.
-    pub(crate) fn states(&self, ids: &[u32], time: usize) -> Result<Vec<f32>> {
-        self.bert.states(ids, time)
+    /// The last layer's states of one token sequence: `ids` (time) gives `(time, dimensions)`, in `scratch`.
+    pub(crate) fn states<'a>(&self, ids: &[u32], scratch: &'a mut Scratch) -> &'a [f32] {
+        self.bert.states(ids, scratch)
     }
 
     /// The ids of a text with `[CLS]` and `[SEP]`, or `None` if it has no known token.
@@ -92,17 +96,17 @@ impl Embedder for SentenceEncoder {
             tokens.iter().zip(vectors.chunks_exact_mut(self.dimensions)).collect();
         // The longest first, so that no thread starts a long text when the others are done.
         work.sort_by_key(|(ids, _)| std::cmp::Reverse(ids.as_ref().map_or(0, Vec::len)));
-        work.into_par_iter().with_max_len(1).try_for_each(|(ids, vector)| {
+        work.into_par_iter().with_max_len(1).for_each_init(Scratch::default, |scratch, (ids, vector)| {
             vector.fill(0.0);
             if let Some(ids) = ids {
                 // The mean and the sum have the same direction, so the division by the count is left out.
-                for state in self.states(ids, ids.len())?.chunks_exact(self.dimensions) {
+                for state in self.states(ids, scratch).chunks_exact(self.dimensions) {
                     vector.iter_mut().zip(state).for_each(|(sum, x)| *sum += x);
                 }
             }
             normalize(vector);
-            Ok(())
-        })
+        });
+        Ok(())
     }
 }
 

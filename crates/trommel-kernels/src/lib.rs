@@ -10,6 +10,8 @@ pub mod attention;
 pub mod cross_entropy;
 /// Rows of a table by token, and the gradient of the table.
 pub mod embedding;
+/// What an encoder layer does between its products.
+pub mod encoder;
 /// Which instructions there are.
 pub mod isa;
 /// Products of matrices that lie in slices.

@@ -13,6 +13,8 @@ use trommel_core::progress::{Interrupt, Progress};
 use trommel_core::schema::CORPUS;
 use trommel_core::storage::{create_folder, remove_temporaries, write_error};
 use trommel_embed::Embedder;
+use trommel_kernels::panels;
+use trommel_spec::pipeline::Precision;
 use trommel_spec::plan::Plan;
 
 use crate::embed::{Counts, Pass, counts};
@@ -111,7 +113,7 @@ impl<'a> Run<'a> {
         let spill = plan.run_dir.join("spill");
         remove_temporaries(&plan.run_dir)?;
         remove_folder(&spill)?;
-        let embedder: Arc<dyn Embedder> = Arc::from(trommel_embed::load::load(&plan.spec.embed.model)?);
+        let embedder: Arc<dyn Embedder> = Arc::from(load_embedder(plan)?);
         let outputs = Outputs::of(plan, embedder.key())?;
         let engine = Engine::new(threads, spill, progress, interrupt)?;
         Ok(Run { plan, outputs, embedder, engine, reports: Vec::new(), _lock: lock })
@@ -294,9 +296,18 @@ impl<'a> Run<'a> {
     }
 }
 
+/// The embedder of a plan.
+pub fn load_embedder(plan: &Plan) -> Result<Box<dyn Embedder>> {
+    let precision = match plan.spec.embed.precision {
+        Precision::Bf16 => panels::Precision::Bf16,
+        Precision::F32 => panels::Precision::F32,
+    };
+    trommel_embed::load::load(&plan.spec.embed.model, precision)
+}
+
 /// What a plan would do, without doing it: the state of every stage.
 pub fn survey(plan: &Plan) -> Result<Vec<StageReport>> {
-    let embedder = trommel_embed::load::load(&plan.spec.embed.model)?;
+    let embedder = load_embedder(plan)?;
     let outputs = Outputs::of(plan, embedder.key())?;
     let report = |stage: Stage| -> Result<StageReport> {
         let cached = is_done(&outputs, stage);

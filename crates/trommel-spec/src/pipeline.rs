@@ -100,6 +100,9 @@ pub struct Embed {
     /// `static` (built in), or the folder of a sentence-transformers model or of a distilled table. Default `static`.
     #[serde(default = "static_model")]
     pub model: String,
+    /// Numbers that a sentence encoder multiplies; sums are `f32` always, and a static table has none. Default `bf16`.
+    #[serde(default)]
+    pub precision: Precision,
 }
 
 /// How vectors become clusters. Set `k` for flat k-means, or `levels` for a tree.
@@ -234,7 +237,7 @@ pub enum Schedule {
     Wsd,
 }
 
-/// Numbers that training multiplies.
+/// Numbers that matrix products multiply.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Precision {
@@ -283,7 +286,7 @@ impl Default for Windows {
 
 impl Default for Embed {
     fn default() -> Self {
-        Embed { model: static_model() }
+        Embed { model: static_model(), precision: Precision::default() }
     }
 }
 

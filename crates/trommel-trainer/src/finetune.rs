@@ -23,6 +23,9 @@ use crate::recipe::Recipe;
 const VERSION: u32 = 1;
 /// Evaluations over the whole budget.
 const EVALUATIONS: u64 = 20;
+/// Evaluations without a better one after which training stops. Half of all: the rate rises to its peak first, which a
+/// model that was pretrained on text like the domain's has to recover from.
+pub const PATIENCE: u64 = EVALUATIONS / 2;
 
 /// Where fine-tuning begins.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,7 +60,7 @@ pub struct FinetunePlan {
     pub recipe: Recipe,
     /// Seed of the order of documents, and of the weights if they are fresh.
     pub seed: u64,
-    /// Evaluations without a better one after which training stops; 4 by default.
+    /// Evaluations without a better one after which training stops; usually [`PATIENCE`].
     pub patience: u64,
     /// Folder that gets `checkpoint/`, with the best weights, and `log.jsonl`.
     pub out: PathBuf,

@@ -18,13 +18,13 @@ use trommel_core::seed::Stream;
 use trommel_core::storage::write_bytes;
 use trommel_kernels::panels;
 use trommel_pipeline::outputs::Outputs;
-use trommel_pipeline::run::StageReport;
+use trommel_pipeline::run::{StageReport, load_embedder};
 use trommel_pipeline::source::read_texts;
 use trommel_spec::pipeline::{Finetune, Method, Precision, Schedule, Train};
 use trommel_spec::plan::{DomainSources, Plan, Source};
 use trommel_trainer::checkpoint;
 use trommel_trainer::evaluate::{Evaluation, evaluate};
-use trommel_trainer::finetune::{FinetunePlan, Start, finetune};
+use trommel_trainer::finetune::{FinetunePlan, PATIENCE, Start, finetune};
 use trommel_trainer::model::preset;
 use trommel_trainer::pretrain::{PretrainPlan, pretrain};
 use trommel_trainer::recipe::{self, Recipe};
@@ -106,7 +106,7 @@ struct State {
 /// The state of the stages that follow the shards.
 pub(crate) fn survey(plan: &Plan) -> Result<Vec<StageReport>> {
     let Some(train) = &plan.spec.train else { return Ok(Vec::new()) };
-    let embedder = trommel_embed::load::load(&plan.spec.embed.model)?;
+    let embedder = load_embedder(plan)?;
     let outputs = Outputs::of(plan, embedder.key())?;
     let whole = |out: PathBuf| -> Result<bool> {
         let state: Option<State> = checkpoint::read_state(&out.join(checkpoint::FOLDER))?;
@@ -260,7 +260,7 @@ impl Comparison<'_> {
                     tokens,
                     recipe,
                     seed: self.plan.spec.seed,
-                    patience: 4,
+                    patience: PATIENCE,
                     out: folder(self.plan, self.outputs, "finetune", method, Some(name)),
                 };
                 self.progress.line(&format!("fine-tuning {} on {name}", method.name()));

@@ -10,7 +10,7 @@ use trommel_core::progress::Interrupt;
 use trommel_spec::plan::{self, Source};
 use trommel_spec::training::Training;
 use trommel_spec::validate;
-use trommel_trainer::finetune::{FinetunePlan, Start};
+use trommel_trainer::finetune::{FinetunePlan, PATIENCE, Start};
 use trommel_trainer::generate::Sampling;
 use trommel_trainer::model::{Config, preset};
 use trommel_trainer::pretrain::PretrainPlan;
@@ -58,7 +58,7 @@ pub(crate) fn finetune(arguments: &FinetuneArguments, interrupt: &Interrupt) -> 
         tokens: arguments.tokens,
         recipe: Recipe::finetuning(&config, arguments.tokens),
         seed: arguments.seed,
-        patience: 4,
+        patience: PATIENCE,
         out: arguments.out.clone(),
     };
     let report = trommel_trainer::finetune::finetune(&plan, &device, &*progress, interrupt)?;

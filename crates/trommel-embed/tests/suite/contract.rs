@@ -3,6 +3,7 @@
 use tempfile::TempDir;
 use trommel_embed::Embedder;
 use trommel_embed::load::load;
+use trommel_kernels::panels::Precision;
 
 use crate::tiny_bert;
 
@@ -19,8 +20,8 @@ const TEXTS: [&str; 7] = [
 fn models() -> Vec<(TempDir, Box<dyn Embedder>)> {
     let folder = tempfile::tempdir().unwrap();
     tiny_bert::write(folder.path(), "");
-    let encoder = load(folder.path().to_str().unwrap()).unwrap();
-    vec![(folder, encoder), (tempfile::tempdir().unwrap(), load("static").unwrap())]
+    let encoder = load(folder.path().to_str().unwrap(), Precision::F32).unwrap();
+    vec![(folder, encoder), (tempfile::tempdir().unwrap(), load("static", Precision::F32).unwrap())]
 }
 
 /// The vectors' bits, so that equality is exact.
@@ -83,15 +84,15 @@ fn the_prefix_of_tensor_names_changes_nothing_but_the_key() {
         tiny_bert::write(folder.path(), prefix);
         folder
     });
-    let [plain, prefixed] = folders.each_ref().map(|folder| load(folder.path().to_str().unwrap()).unwrap());
+    let [plain, prefixed] = folders.each_ref().map(|folder| load(folder.path().to_str().unwrap(), Precision::F32).unwrap());
     assert_eq!(bits(&*plain, &TEXTS), bits(&*prefixed, &TEXTS));
     assert_ne!(plain.key(), prefixed.key());
-    assert_eq!(plain.key(), load(folders[0].path().to_str().unwrap()).unwrap().key());
+    assert_eq!(plain.key(), load(folders[0].path().to_str().unwrap(), Precision::F32).unwrap().key());
 }
 
 #[test]
 fn near_in_meaning_is_near_in_the_embedded_table() {
-    let model = load("static").unwrap();
+    let model = load("static", Precision::F32).unwrap();
     let texts = [
         "The surgeon closed the wound after the operation.",
         "Doctors treat infections of the injured with antibiotics.",

@@ -5,6 +5,7 @@ use std::fs;
 use trommel_core::progress::Silent;
 use trommel_embed::distill::distill;
 use trommel_embed::load::load;
+use trommel_kernels::panels::Precision;
 
 use crate::contract::bits;
 use crate::tiny_bert;
@@ -23,7 +24,7 @@ fn a_distilled_folder_loads_and_is_reproducible() {
         let [a, b] = outputs.each_ref().map(|output| fs::read(output.path().join(file)).unwrap());
         assert_eq!(a, b, "{file}");
     }
-    let [a, b] = outputs.each_ref().map(|output| load(output.path().to_str().unwrap()).unwrap());
+    let [a, b] = outputs.each_ref().map(|output| load(output.path().to_str().unwrap(), Precision::F32).unwrap());
     assert_eq!(a.key(), b.key());
     assert_eq!(a.dimensions(), 16);
     let vectors = bits(&*a, &["gold", "Gold gold", "gravel", "\u{4e00}"]);

