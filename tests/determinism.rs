@@ -22,6 +22,26 @@ fn threads_and_splits_and_formats_change_nothing() {
 }
 
 #[test]
+fn the_instructions_of_the_processor_change_nothing() {
+    let bench = Bench::new();
+    let expected = bench.checksums(&["--run-dir", "best"]);
+    for level in ["portable", "avx2", "avx512"] {
+        let mut run = bench.command(&["run", "p.yaml", "--json", "--run-dir", level]);
+        let output = run.env("TROMMEL_ISA", level).output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        if errors.contains("this processor has") {
+            continue;
+        }
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {errors}"));
+        assert_eq!(report["checksums"], expected, "{level}");
+    }
+    let mut run = bench.command(&["run", "p.yaml"]);
+    let output = run.env("TROMMEL_ISA", "avx9").output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && errors.contains("TROMMEL_ISA is `avx9`"), "{errors}");
+}
+
+#[test]
 fn a_second_run_does_nothing_and_a_new_budget_redoes_the_draws_only() {
     let bench = Bench::new();
     let redone = |more: &[&str]| -> Vec<String> {

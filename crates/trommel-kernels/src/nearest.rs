@@ -71,7 +71,8 @@ impl Centroids {
         Self::in_precision(precision, points, dimensions)
     }
 
-    fn in_precision(precision: Precision, points: Vec<f32>, dimensions: usize) -> Self {
+    /// [`Centroids::new`] with the first look in `precision`: it decides the time, and not the answers.
+    pub fn in_precision(precision: Precision, points: Vec<f32>, dimensions: usize) -> Self {
         assert!(
             dimensions > 0 && !points.is_empty() && points.len().is_multiple_of(dimensions),
             "centroids have a wrong shape"

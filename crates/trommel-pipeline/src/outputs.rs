@@ -27,8 +27,8 @@ use crate::source::SourceFile;
 mod version {
     pub(super) const WINDOWS: &str = "windows 1";
     pub(super) const EMBED: &str = "embed 1";
-    pub(super) const CLUSTER: &str = "cluster 2";
-    pub(super) const ASSIGN: &str = "assign 1";
+    pub(super) const CLUSTER: &str = "cluster 3";
+    pub(super) const ASSIGN: &str = "assign 2";
     pub(super) const HISTOGRAM: &str = "histogram 1";
     pub(super) const WEIGH: &str = "weigh 1";
     pub(super) const TOKENIZER: &str = "tokenizer 1";

@@ -23,9 +23,9 @@ use crate::recipe::Recipe;
 const VERSION: u32 = 1;
 /// Evaluations over the whole budget.
 const EVALUATIONS: u64 = 20;
-/// Evaluations without a better one after which training stops. Half of all: the rate rises to its peak first, which a
-/// model that was pretrained on text like the domain's has to recover from.
-pub const PATIENCE: u64 = EVALUATIONS / 2;
+/// Evaluations without a better one after which training stops. Three quarters of all: a model that was pretrained on text
+/// like the domain's first loses by the rate's rise to its peak, and gains from its fall.
+pub const PATIENCE: u64 = EVALUATIONS * 3 / 4;
 
 /// Where fine-tuning begins.
 #[derive(Debug, Clone, PartialEq)]

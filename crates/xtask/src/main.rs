@@ -1,9 +1,11 @@
-//! Developer commands: `cargo xtask generate` and `cargo xtask cuda-check`.
+//! Developer commands: `cargo xtask generate`, `cargo xtask cuda-check` and `cargo xtask peers`.
 
 /// Compiles the workspace for CUDA on a machine without a GPU.
 mod cuda_check;
 /// Files that are made from the code.
 mod generate;
+/// Us and our peers on the same work.
+mod peers;
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -24,12 +26,22 @@ enum Task {
     Generate,
     /// Prove that the whole workspace compiles for CUDA; needs no GPU, and a gigabyte of packages from PyPI.
     CudaCheck,
+    /// Measure us against our peers, side by side; see `tests/peers/README.md`.
+    Peers {
+        /// One row instead of all, such as `static_embedder`.
+        #[arg(long, value_name = "ROW", value_parser = peers::ROWS)]
+        only: Option<String>,
+        /// Write the records as a JSON list.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().task {
         Task::Generate => generate::run(),
         Task::CudaCheck => cuda_check::run(),
+        Task::Peers { only, json } => peers::run(only.as_deref(), json.as_deref()),
     }
 }
 

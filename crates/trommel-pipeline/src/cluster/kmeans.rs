@@ -25,7 +25,19 @@ pub struct Settings {
 /// Fits k-means to `sample`, which is `(rows, dimensions)` with at least one row.
 pub fn fit(sample: &[f32], dimensions: usize, settings: &Settings) -> Centroids {
     let mut generator = settings.stream.generator();
-    let mut centroids = Centroids::new(start(sample, dimensions, settings.k, &mut generator), dimensions);
+    let points = start(sample, dimensions, settings.k, &mut generator);
+    refine(points, sample, dimensions, settings, &mut generator)
+}
+
+/// The rounds of [`fit`], from the centroids `points`; `generator` chooses how a large cluster is split.
+pub fn refine(
+    points: Vec<f32>,
+    sample: &[f32],
+    dimensions: usize,
+    settings: &Settings,
+    generator: &mut ChaCha8Rng,
+) -> Centroids {
+    let mut centroids = Centroids::new(points, dimensions);
     for round in 0..settings.iterations {
         let nearest = centroids.nearest(sample);
         let members = members(&nearest, centroids.count());
@@ -33,7 +45,7 @@ pub fn fit(sample: &[f32], dimensions: usize, settings: &Settings) -> Centroids 
         revive_empty(sample, dimensions, &nearest, &members, &mut points);
         // The last rounds only settle what the splits have stirred.
         if let Some(limit) = settings.balance.filter(|_| round + 5 < settings.iterations) {
-            split_large(sample, dimensions, &members, limit, &mut points, &mut generator);
+            split_large(sample, dimensions, &members, limit, &mut points, generator);
         }
         centroids = Centroids::new(points, dimensions);
     }

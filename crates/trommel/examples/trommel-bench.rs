@@ -1,0 +1,157 @@
+//! Our side of `tests/peers`: loads its data, says `ready`, and does one round for each line `go`.
+//!
+//! ```text
+//! trommel-bench embed MODEL TEXTS.jsonl OUT.f32 THREADS f32|bf16
+//! trommel-bench nearest VECTORS.f32 CENTROIDS.f32 DIMENSIONS OUT.u32 THREADS f32|bf16
+//! trommel-bench kmeans VECTORS.f32 START.f32 DIMENSIONS ITERATIONS OUT.f32 THREADS
+//! trommel-bench train VOCAB BATCH CONTEXT f32|bf16 STEPS THREADS
+//! ```
+//!
+//! Each round prints one line of JSON with its `seconds`; results go to `OUT`, after the clock has stopped.
+
+#![expect(clippy::print_stdout, reason = "the protocol's lines go there")]
+
+use std::fs;
+use std::io::BufRead;
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use candle_core::Device;
+use serde_json::{Value, json};
+use trommel_core::seed::Stream;
+use trommel_embed::load::load;
+use trommel_kernels::nearest::Centroids;
+use trommel_kernels::panels::Precision;
+use trommel_pipeline::cluster::kmeans::{self, Settings};
+use trommel_trainer::batch::Batch;
+use trommel_trainer::engine::Engine;
+use trommel_trainer::model::preset;
+use trommel_trainer::parameters::Layout;
+use trommel_trainer::recipe::Recipe;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> anyhow::Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        ["embed", model, texts, out, threads, precision] => embed(model, texts, out, threads, precision),
+        ["nearest", vectors, points, dimensions, out, threads, precision] => {
+            nearest(vectors, points, dimensions.parse()?, out, threads, precision)
+        }
+        ["kmeans", vectors, start, dimensions, iterations, out, threads] => {
+            fit(vectors, start, dimensions.parse()?, iterations.parse()?, out, threads)
+        }
+        ["train", vocab, batch, context, precision, steps, threads] => {
+            train(vocab.parse()?, batch.parse()?, context.parse()?, precision, steps.parse()?, threads)
+        }
+        _ => bail!("see the head of this program's source for what it takes"),
+    }
+}
+
+fn embed(model: &str, texts: &str, out: &str, threads: &str, precision: &str) -> anyhow::Result<()> {
+    let embedder = load(model, parse(precision)?)?;
+    let text = |line: &str| -> anyhow::Result<String> {
+        Ok(serde_json::from_str::<Value>(line)?["text"].as_str().context("a line has no `text`")?.to_owned())
+    };
+    let texts = fs::read_to_string(texts)?.lines().map(text).collect::<anyhow::Result<Vec<String>>>()?;
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let mut vectors = vec![0.0; texts.len() * embedder.dimensions()];
+    serve(threads, || {
+        let start = Instant::now();
+        embedder.embed(&texts, &mut vectors)?;
+        let seconds = start.elapsed().as_secs_f64();
+        write(out, vectors.iter().map(|x| x.to_le_bytes()))?;
+        Ok(json!({ "seconds": seconds }))
+    })
+}
+
+fn nearest(vectors: &str, points: &str, dimensions: usize, out: &str, threads: &str, precision: &str) -> anyhow::Result<()> {
+    let (vectors, points) = (read(vectors)?, read(points)?);
+    let centroids = Centroids::in_precision(parse(precision)?, points, dimensions);
+    serve(threads, || {
+        let start = Instant::now();
+        let found = centroids.nearest(&vectors);
+        let seconds = start.elapsed().as_secs_f64();
+        write(out, found.iter().map(|found| found.index.to_le_bytes()))?;
+        Ok(json!({ "seconds": seconds }))
+    })
+}
+
+fn fit(vectors: &str, start: &str, dimensions: usize, iterations: u32, out: &str, threads: &str) -> anyhow::Result<()> {
+    let (vectors, points) = (read(vectors)?, read(start)?);
+    let settings = Settings { k: points.len() / dimensions, iterations, balance: None, stream: Stream::new(0, "peers") };
+    serve(threads, || {
+        let start = Instant::now();
+        let centroids = kmeans::refine(points.clone(), &vectors, dimensions, &settings, &mut settings.stream.generator());
+        let seconds = start.elapsed().as_secs_f64();
+        write(out, centroids.points().iter().map(|x| x.to_le_bytes()))?;
+        Ok(json!({ "seconds": seconds }))
+    })
+}
+
+fn train(vocab: usize, sequences: usize, context: usize, precision: &str, steps: u64, threads: &str) -> anyhow::Result<()> {
+    let config = preset("slm-9m", vocab)?;
+    let recipe = Recipe { precision: parse(precision)?, ..Recipe::pretraining(&config, 1_000_000) };
+    let mut engine = Engine::new(&config, Layout::new(&config).initial(1), &Device::Cpu, recipe.precision)?;
+    let stream = Stream::new(1, "peers");
+    let mut batch = Batch::new(context);
+    for sequence in 0..sequences {
+        let token = |i: usize| (stream.bits(&(sequence * context + i).to_le_bytes()) as usize % vocab) as u32;
+        batch.push(0, &(0..=context).map(token).collect::<Vec<_>>(), 0);
+    }
+    let tokens = sequences * context;
+    let mut step = 0;
+    serve(threads, || {
+        let start = Instant::now();
+        let mut loss = 0.0;
+        for _ in 0..steps {
+            loss = engine.accumulate(&batch, 1.0 / tokens as f32)? / tokens as f64;
+            let norm = engine.gradient_norm()?;
+            engine.step(&recipe, step, 1e-5, norm)?;
+            step += 1;
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        let trained = tokens as u64 * steps;
+        Ok(json!({ "seconds": seconds, "tokens": trained, "loss": loss, "peak_rss_bytes": peak_memory()? }))
+    })
+}
+
+/// Does a round for each line `go`, on a pool of `threads` threads.
+fn serve(threads: &str, mut round: impl FnMut() -> anyhow::Result<Value> + Send) -> anyhow::Result<()> {
+    rayon::ThreadPoolBuilder::new().num_threads(threads.parse()?).build_global()?;
+    println!("ready");
+    for line in std::io::stdin().lock().lines() {
+        match line?.as_str() {
+            "go" => println!("{}", round()?),
+            "quit" => break,
+            other => bail!("`{other}` is neither `go` nor `quit`"),
+        }
+    }
+    Ok(())
+}
+
+fn parse(precision: &str) -> anyhow::Result<Precision> {
+    match precision {
+        "f32" => Ok(Precision::F32),
+        "bf16" => Ok(Precision::Bf16),
+        other => bail!("`{other}` is neither `f32` nor `bf16`"),
+    }
+}
+
+fn read(path: &str) -> anyhow::Result<Vec<f32>> {
+    let bytes = fs::read(path).with_context(|| path.to_owned())?;
+    Ok(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+}
+
+fn write(path: &str, numbers: impl Iterator<Item = [u8; 4]>) -> anyhow::Result<()> {
+    Ok(fs::write(path, numbers.flatten().collect::<Vec<u8>>())?)
+}
+
+/// The most memory that this process ever held, in bytes. [proc(5), `VmHWM`]
+fn peak_memory() -> anyhow::Result<u64> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no `VmHWM`")?;
+    Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
+}

@@ -1,0 +1,48 @@
+//! Runs the comparisons of `tests/peers` one after the other and collects their records.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, bail};
+
+use crate::{call, root};
+
+/// The scripts in `tests/peers`, by name.
+pub(crate) const ROWS: [&str; 11] = [
+    "sentence_encoder_bf16",
+    "sentence_encoder_f32",
+    "static_embedder",
+    "nearest_centroid",
+    "kmeans_fit",
+    "shards_dsir",
+    "shards_handwritten",
+    "weights_duckdb",
+    "training_f32",
+    "training_bf16",
+    "training_memory",
+];
+
+/// Builds our side and runs all rows, or `only` one. A row that fails does not keep the others from running.
+pub(crate) fn run(only: Option<&str>, json: Option<&Path>) -> anyhow::Result<()> {
+    let root = root();
+    call(Command::new(env!("CARGO")).args(["build", "--release", "--bins", "--examples"]).current_dir(&root))?;
+    let records = root.join(".cache/peers-records");
+    fs::create_dir_all(&records)?;
+    let (mut found, mut failed) = (Vec::new(), Vec::new());
+    for row in ROWS.into_iter().filter(|row| only.is_none_or(|only| only == *row)) {
+        let record = records.join(format!("{row}.json"));
+        let script = root.join(format!("tests/peers/{row}.py"));
+        match call(Command::new("python3").arg(script).arg("--json").arg(&record).current_dir(&root)) {
+            Ok(()) => found.push(fs::read_to_string(&record).with_context(|| record.display().to_string())?.trim().to_owned()),
+            Err(error) => failed.push(format!("{row}: {error:#}")),
+        }
+    }
+    if let Some(json) = json {
+        fs::write(json, format!("[{}]\n", found.join(",\n"))).with_context(|| json.display().to_string())?;
+    }
+    if !failed.is_empty() {
+        bail!("{} of the rows failed:\n{}", failed.len(), failed.join("\n"));
+    }
+    Ok(())
+}
