@@ -13,7 +13,7 @@
 //!                   +-------------------+
 //! ```
 //!
-//! In [`Precision::F32`] a step is one number of depth, and the left operand is read where it lies. In [`Precision::Bf16`] it
+//! In `Precision::F32` a step is one number of depth, and the left operand is read where it lies. In `Precision::Bf16` it
 //! is a pair of `bf16` in 32 bits, so that one instruction multiplies and adds twice as many numbers; the left operand is
 //! rounded and paired once per product. Sums are `f32` in both.
 //!
