@@ -1,7 +1,7 @@
 //! The encoder's forward pass: BERT (Devlin et al. 2019) as `transformers.BertModel` computes it, for inference.
 //!
 //! One text runs at a time, on the calling thread: nothing is padded, no attention mask is needed, and the rows of a text,
-//! `(time, hidden)`, stay in the cache of one core. The kernels are those of the trainer.
+//! `(time, hidden)`, stay in the cache of one core. The products are those of the trainer.
 
 use trommel_core::error::Result;
 use trommel_kernels::encoder::{LayerNorm, add_bias, add_bias_and_gelu, attend};

@@ -48,7 +48,7 @@ impl SentenceEncoder {
             tokenizer,
             lower_case: text.do_lower_case,
             key: folder.key(match precision {
-                Precision::F32 => "sentence-encoder",
+                Precision::F32 => "sentence-encoder-f32",
                 Precision::Bf16 => "sentence-encoder-bf16",
             }),
         })

@@ -51,10 +51,13 @@ impl WordPiece {
         }
         let (mut first, mut later) = (Pieces::default(), Pieces::default());
         for (piece, id) in tokenizer.get_vocab(false) {
-            match piece.strip_prefix(&model.continuing_subword_prefix) {
-                Some(rest) => number(rest).and_then(|rest| later.insert(rest, id)),
-                None => number(&piece).and_then(|piece| first.insert(piece, id)),
-            };
+            // A word can be spelled like a prefixed piece, so that one belongs to both.
+            if let Some(rest) = piece.strip_prefix(&model.continuing_subword_prefix).and_then(number) {
+                later.insert(rest, id);
+            }
+            if let Some(piece) = number(&piece) {
+                first.insert(piece, id);
+            }
         }
         Some(WordPiece { first, later, unknown: tokenizer.token_to_id(&model.unk_token)?, folded })
     }
@@ -110,8 +113,11 @@ impl WordPiece {
     }
 }
 
-/// A piece as a number, unless it is too long to meet one of our words.
+/// A piece as a number, unless it is too long to meet one of our words, or has a zero byte, which would end it.
 fn number(piece: &str) -> Option<u128> {
+    if piece.contains('\0') {
+        return None;
+    }
     let mut bytes = [0; LONGEST];
     bytes.get_mut(..piece.len())?.copy_from_slice(piece.as_bytes());
     Some(u128::from_le_bytes(bytes))

@@ -1,4 +1,5 @@
-//! Which instructions the kernels use: found once, and lowered by `TROMMEL_ISA`.
+//! Which instructions our kernels use: found once, and lowered by `TROMMEL_ISA`. The gemm crate, which multiplies below AVX-512
+//! and in attention, chooses its own.
 
 use std::sync::OnceLock;
 

@@ -63,7 +63,8 @@ impl<'a> MatrixMut<'a> {
 }
 
 fn fits(len: usize, rows: usize, columns: usize, row_stride: usize) -> bool {
-    rows == 0 || columns == 0 || (columns <= row_stride && (rows - 1) * row_stride + columns <= len)
+    let needed = || (rows - 1).checked_mul(row_stride)?.checked_add(columns);
+    rows == 0 || columns == 0 || (columns <= row_stride && needed().is_some_and(|needed| needed <= len))
 }
 
 /// What becomes of the numbers that are already in the destination.

@@ -65,7 +65,8 @@ pub struct Nearest {
 }
 
 impl Centroids {
-    /// `points` is `(centroids, dimensions)`, with at least one centroid, all finite.
+    /// `points` is `(centroids, dimensions)`, with at least one centroid, all finite. Vectors far below 1e-15 are told apart
+    /// only as far as their squares are normal numbers.
     pub fn new(points: Vec<f32>, dimensions: usize) -> Self {
         let precision = if Isa::current() >= Isa::Avx512Bf16 { Precision::Bf16 } else { Precision::F32 };
         Self::in_precision(precision, points, dimensions)

@@ -17,9 +17,9 @@
 //! is a pair of `bf16` in 32 bits, so that one instruction multiplies and adds twice as many numbers; the left operand is
 //! rounded and paired once per product. Sums are `f32` in both.
 //!
-//! Without the instructions the gemm crate multiplies with each panel, of `f32` numbers that are rounded to `bf16` if asked.
-//! Sums run over blocks of `DEPTH` steps in order, whatever the number of rows, so a row's result does not depend on the rows
-//! beside it.
+//! With AVX-512, sums run over blocks of `DEPTH` steps in order, whatever the number of rows, so a row's result does not depend
+//! on the rows beside it. Below AVX-512 the gemm crate, which chooses its own instructions, multiplies with each panel; where
+//! no instruction multiplies pairs, the numbers are `f32` that were rounded to `bf16`.
 
 use std::cell::RefCell;
 
@@ -36,11 +36,10 @@ const WIDTH: usize = 64;
 const DEPTH: usize = 256;
 
 /// The numbers that are multiplied; sums are `f32` always.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
     /// As they are.
-    #[default]
     F32,
     /// Rounded to 8 bits of mantissa, to the nearest, ties to even.
     Bf16,
@@ -124,8 +123,11 @@ impl Panels {
     pub fn multiply(&self, out: MatrixMut<'_>, target: Target, left: Matrix<'_>) {
         assert_eq!(left.columns, self.rows, "inner sizes of a product differ");
         assert_eq!((out.rows, out.columns), (left.rows, self.columns), "outer sizes of a product differ");
-        if self.rows == 0 || out.rows == 0 || out.columns == 0 {
-            return multiply(out, target, 1.0, left, Matrix::new(&[], self.rows, self.columns));
+        if out.rows == 0 || out.columns == 0 {
+            return;
+        }
+        if self.rows == 0 {
+            return multiply(out, target, 1.0, left, Matrix::new(&[], 0, self.columns));
         }
         match &self.numbers {
             Numbers::Whole(numbers) => self.multiply_whole(numbers, out, target, left),
@@ -478,6 +480,7 @@ mod tests {
             (20, DEPTH + 5, 150),
             (5, 2 * DEPTH, 16),
             (3, 0, 4),
+            (0, 3, 4),
             (4, 7, 128),
             (3, 2 * DEPTH + 3, 5),
         ];

@@ -62,7 +62,7 @@ pub(crate) fn activate(packed: &Tensor, activation: Activation) -> Result<Tensor
     }
 }
 
-/// `x weight^T` for `x` (rows, in), `weight` (out, in), both rounded to `precision`.
+/// `x weight^T` for `x` (rows, in), `weight` (out, in); in `bf16` the operands are rounded, and so is the result.
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, precision: Precision) -> Result<Tensor> {
     match precision {
         Precision::F32 => x.matmul(&weight.t()?),

@@ -45,7 +45,7 @@ fn internal(error: candle_core::Error) -> Error {
 
 impl Engine {
     /// A model of shape `config` with the flat `parameters`, on `device`. Its weights and sums are `f32`; `precision` is that
-    /// of the products of weights and rows.
+    /// of the products of weights and rows; other devices than the CPU round the results of products too.
     pub fn new(config: &Config, parameters: Vec<f32>, device: &Device, precision: Precision) -> Result<Engine> {
         config.check()?;
         let layout = Layout::new(config);

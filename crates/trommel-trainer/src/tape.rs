@@ -102,7 +102,7 @@ impl Tape {
         let rows = targets.len();
         let (targets, counted) =
             (Tensor::from_vec(targets, rows, &self.device)?, Tensor::from_vec(counted, rows, &self.device)?);
-        losses(&linear(&hidden, self.parameters[0].as_tensor(), self.precision)?, &targets, &counted)
+        losses(&linear(&hidden, self.parameters[0].as_tensor(), Precision::F32)?, &targets, &counted)
     }
 
     /// The logits after the last position of each sequence, (sequences, vocab).

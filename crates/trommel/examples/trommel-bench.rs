@@ -33,24 +33,34 @@ use trommel_trainer::recipe::Recipe;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> anyhow::Result<()> {
+    trommel_kernels::isa::Isa::check().map_err(anyhow::Error::msg)?;
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let threads = |threads: &str| -> anyhow::Result<()> {
+        Ok(rayon::ThreadPoolBuilder::new().num_threads(threads.parse()?).build_global()?)
+    };
     match arguments[..] {
-        ["embed", model, texts, out, threads, precision] => embed(model, texts, out, threads, precision),
-        ["nearest", vectors, points, dimensions, out, threads, precision] => {
-            nearest(vectors, points, dimensions.parse()?, out, threads, precision)
+        ["embed", model, texts, out, count, precision] => {
+            threads(count)?;
+            embed(model, texts, out, precision)
         }
-        ["kmeans", vectors, start, dimensions, iterations, out, threads] => {
-            fit(vectors, start, dimensions.parse()?, iterations.parse()?, out, threads)
+        ["nearest", vectors, points, dimensions, out, count, precision] => {
+            threads(count)?;
+            nearest(vectors, points, dimensions.parse()?, out, precision)
         }
-        ["train", vocab, batch, context, precision, steps, threads] => {
-            train(vocab.parse()?, batch.parse()?, context.parse()?, precision, steps.parse()?, threads)
+        ["kmeans", vectors, start, dimensions, iterations, out, count] => {
+            threads(count)?;
+            fit(vectors, start, dimensions.parse()?, iterations.parse()?, out)
+        }
+        ["train", vocab, batch, context, precision, steps, count] => {
+            threads(count)?;
+            train(vocab.parse()?, batch.parse()?, context.parse()?, precision, steps.parse()?)
         }
         _ => bail!("see the head of this program's source for what it takes"),
     }
 }
 
-fn embed(model: &str, texts: &str, out: &str, threads: &str, precision: &str) -> anyhow::Result<()> {
+fn embed(model: &str, texts: &str, out: &str, precision: &str) -> anyhow::Result<()> {
     let embedder = load(model, parse(precision)?)?;
     let text = |line: &str| -> anyhow::Result<String> {
         Ok(serde_json::from_str::<Value>(line)?["text"].as_str().context("a line has no `text`")?.to_owned())
@@ -58,7 +68,7 @@ fn embed(model: &str, texts: &str, out: &str, threads: &str, precision: &str) ->
     let texts = fs::read_to_string(texts)?.lines().map(text).collect::<anyhow::Result<Vec<String>>>()?;
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
     let mut vectors = vec![0.0; texts.len() * embedder.dimensions()];
-    serve(threads, || {
+    serve(|| {
         let start = Instant::now();
         embedder.embed(&texts, &mut vectors)?;
         let seconds = start.elapsed().as_secs_f64();
@@ -67,10 +77,10 @@ fn embed(model: &str, texts: &str, out: &str, threads: &str, precision: &str) ->
     })
 }
 
-fn nearest(vectors: &str, points: &str, dimensions: usize, out: &str, threads: &str, precision: &str) -> anyhow::Result<()> {
+fn nearest(vectors: &str, points: &str, dimensions: usize, out: &str, precision: &str) -> anyhow::Result<()> {
     let (vectors, points) = (read(vectors)?, read(points)?);
     let centroids = Centroids::in_precision(parse(precision)?, points, dimensions);
-    serve(threads, || {
+    serve(|| {
         let start = Instant::now();
         let found = centroids.nearest(&vectors);
         let seconds = start.elapsed().as_secs_f64();
@@ -79,10 +89,10 @@ fn nearest(vectors: &str, points: &str, dimensions: usize, out: &str, threads: &
     })
 }
 
-fn fit(vectors: &str, start: &str, dimensions: usize, iterations: u32, out: &str, threads: &str) -> anyhow::Result<()> {
+fn fit(vectors: &str, start: &str, dimensions: usize, iterations: u32, out: &str) -> anyhow::Result<()> {
     let (vectors, points) = (read(vectors)?, read(start)?);
     let settings = Settings { k: points.len() / dimensions, iterations, balance: None, stream: Stream::new(0, "peers") };
-    serve(threads, || {
+    serve(|| {
         let start = Instant::now();
         let centroids = kmeans::refine(points.clone(), &vectors, dimensions, &settings, &mut settings.stream.generator());
         let seconds = start.elapsed().as_secs_f64();
@@ -91,7 +101,7 @@ fn fit(vectors: &str, start: &str, dimensions: usize, iterations: u32, out: &str
     })
 }
 
-fn train(vocab: usize, sequences: usize, context: usize, precision: &str, steps: u64, threads: &str) -> anyhow::Result<()> {
+fn train(vocab: usize, sequences: usize, context: usize, precision: &str, steps: u64) -> anyhow::Result<()> {
     let config = preset("slm-9m", vocab)?;
     let recipe = Recipe { precision: parse(precision)?, ..Recipe::pretraining(&config, 1_000_000) };
     let mut engine = Engine::new(&config, Layout::new(&config).initial(1), &Device::Cpu, recipe.precision)?;
@@ -99,17 +109,18 @@ fn train(vocab: usize, sequences: usize, context: usize, precision: &str, steps:
     let mut batch = Batch::new(context);
     for sequence in 0..sequences {
         let token = |i: usize| (stream.bits(&(sequence * context + i).to_le_bytes()) as usize % vocab) as u32;
-        batch.push(0, &(0..=context).map(token).collect::<Vec<_>>(), 0);
+        batch.push(0, &(0..context).map(token).collect::<Vec<_>>(), 0);
     }
     let tokens = sequences * context;
     let mut step = 0;
-    serve(threads, || {
+    serve(|| {
         let start = Instant::now();
         let mut loss = 0.0;
         for _ in 0..steps {
             loss = engine.accumulate(&batch, 1.0 / tokens as f32)? / tokens as f64;
             let norm = engine.gradient_norm()?;
-            engine.step(&recipe, step, 1e-5, norm)?;
+            // So low a rate that the loss stays that of the start, which both sides are compared by.
+            engine.step(&recipe, step, 1e-9, norm)?;
             step += 1;
         }
         let seconds = start.elapsed().as_secs_f64();
@@ -118,9 +129,8 @@ fn train(vocab: usize, sequences: usize, context: usize, precision: &str, steps:
     })
 }
 
-/// Does a round for each line `go`, on a pool of `threads` threads.
-fn serve(threads: &str, mut round: impl FnMut() -> anyhow::Result<Value> + Send) -> anyhow::Result<()> {
-    rayon::ThreadPoolBuilder::new().num_threads(threads.parse()?).build_global()?;
+/// Does a round for each line `go`.
+fn serve(mut round: impl FnMut() -> anyhow::Result<Value>) -> anyhow::Result<()> {
     println!("ready");
     for line in std::io::stdin().lock().lines() {
         match line?.as_str() {
