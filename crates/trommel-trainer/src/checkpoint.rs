@@ -25,11 +25,14 @@ use trommel_core::key::checksum;
 use trommel_core::manifest::Manifest;
 use trommel_core::storage::{create_folder, write_bytes, write_error};
 
-use crate::model::{Activation, Config};
+use crate::model::{Activation, Config, Projection};
 use crate::parameters::Layout;
 
 /// The checkpoint's folder within a training run's output folder.
 pub const FOLDER: &str = "checkpoint";
+
+/// The type of a projected network in `config.json`.
+const PROJECTED: &str = "trommel-projected";
 
 const MODEL: &str = "model.safetensors";
 const CONFIG: &str = "config.json";
@@ -240,6 +243,9 @@ struct Published {
     bos_token_id: u32,
     eos_token_id: u32,
     torch_dtype: String,
+    /// Of a projected network, which only trommel opens; `trommel project` makes a plain model of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    projection: Option<Projection>,
 }
 
 impl Published {
@@ -248,6 +254,8 @@ impl Published {
             Activation::SwiGlu => ("LlamaForCausalLM", "llama", "silu"),
             Activation::Gelu => ("ArceeForCausalLM", "arcee", "gelu_pytorch_tanh"),
         };
+        // `transformers` must not take a network for the small models that it projects to.
+        let (architecture, model_type) = if config.projection.is_some() { (PROJECTED, PROJECTED) } else { (architecture, model_type) };
         Published {
             architectures: vec![architecture.to_owned()],
             model_type: model_type.to_owned(),
@@ -268,13 +276,14 @@ impl Published {
             bos_token_id: end_of_text,
             eos_token_id: end_of_text,
             torch_dtype: "float32".to_owned(),
+            projection: config.projection,
         }
     }
 
     fn config(&self) -> Result<Config> {
         let activation = match (self.model_type.as_str(), self.hidden_act.as_str()) {
-            ("llama", "silu") => Activation::SwiGlu,
-            ("arcee", "gelu_pytorch_tanh") => Activation::Gelu,
+            ("llama" | PROJECTED, "silu") => Activation::SwiGlu,
+            ("arcee" | PROJECTED, "gelu_pytorch_tanh") => Activation::Gelu,
             (model, activation) => {
                 let message = format!("a model of type `{model}` with activation `{activation}` is not supported");
                 return Err(Error::data(message)
@@ -295,6 +304,7 @@ impl Published {
             context: self.max_position_embeddings,
             rope_theta: self.rope_theta,
             norm_eps: self.rms_norm_eps,
+            projection: self.projection,
         };
         config.check().map_err(|e| Error::data("the sizes do not fit together").source(e))?;
         Ok(config)

@@ -20,6 +20,8 @@ pub mod finetune;
 pub mod generate;
 /// The stream of training tokens of a folder of shards.
 pub mod loader;
+/// Training sequences drawn from the clusters of a corpus.
+pub mod mixture;
 /// One line per training step.
 pub mod log;
 /// The shape of the model, its presets, and what it costs.
@@ -30,7 +32,11 @@ mod native;
 pub mod parameters;
 /// Pretraining on shards.
 pub mod pretrain;
+/// The projected network.
+pub mod projected;
 /// How a model is trained, as functions of model size and token budget.
 pub mod recipe;
+/// What a pretraining reads.
+mod training_data;
 /// The model on candle's tape.
 pub mod tape;
