@@ -9,7 +9,7 @@ use crate::batch::Batch;
 use crate::model::Config;
 use crate::native::Native;
 use crate::parameters::Layout;
-use crate::projected::Projected;
+use crate::projected::{Projected, Tensors};
 use crate::recipe::Recipe;
 use crate::tape::Tape;
 
@@ -47,24 +47,20 @@ fn internal(error: candle_core::Error) -> Error {
 
 impl Engine {
     /// A model of shape `config` with the flat `parameters`, on `device`. Its weights and sums are `f32`; `precision` is that
-    /// of the products of weights and rows; other devices than the CPU round the results of products too. A projected network
-    /// trains on the CPU only.
+    /// of the products of weights and rows; other devices than the CPU round the results of products too.
     pub fn new(config: &Config, parameters: Vec<f32>, device: &Device, precision: Precision) -> Result<Engine> {
         config.check()?;
         let layout = Layout::new(config);
         assert_eq!(parameters.len(), layout.len(), "parameters of another shape");
-        let place = if config.projection.is_some() {
-            let projected = Projected::new(config, parameters, precision).filter(|_| device.is_cpu());
-            Place::Projected(Box::new(projected.ok_or_else(|| {
-                Error::config("a projected network trains on the CPU only").hint("use `--device cpu`")
-            })?))
-        } else if device.is_cpu() {
+        let place = if !device.is_cpu() {
+            Place::Device(Box::new(Tape::new(config, &parameters, device, precision).map_err(internal)?))
+        } else if let Some(tensors) = Tensors::of(config) {
+            Place::Projected(Box::new(Projected::new(config, tensors, parameters, precision)))
+        } else {
             let empty = Vec::new;
             let native = Native::new(config, precision);
             let host = Host { native, parameters, gradient: empty(), first_moment: empty(), second_moment: empty() };
             Place::Host(Box::new(host))
-        } else {
-            Place::Device(Box::new(Tape::new(config, &parameters, device, precision).map_err(internal)?))
         };
         Ok(Engine { config: config.clone(), layout, place })
     }
@@ -91,8 +87,10 @@ impl Engine {
     /// Makes the model of expert `i` of a projected network, which the next batches run through. A plain model is its own
     /// only expert.
     pub fn select_expert(&mut self, i: usize) {
-        if let Place::Projected(projected) = &mut self.place {
-            projected.select(i);
+        match &mut self.place {
+            Place::Host(_) => {}
+            Place::Projected(projected) => projected.select(i),
+            Place::Device(tape) => tape.select_expert(i),
         }
     }
 

@@ -54,6 +54,11 @@ impl Slot {
         }
     }
 
+    /// Whether training leaves it as it began.
+    pub(crate) fn is_frozen(&self, config: &Config) -> bool {
+        config.projection.is_some_and(|p| p.frozen) && self.start == Start::Projection && !self.is_basis()
+    }
+
     /// Whether this is the basis of a layer, whose gradient is never formed.
     pub(crate) fn is_basis(&self) -> bool {
         self.start == Start::Projection && self.name.ends_with(BASIS)

@@ -41,7 +41,7 @@ pub(crate) struct Projected {
 
 /// Where the tensors of a network lie, and which of them the plain model has too.
 #[derive(Debug, Clone)]
-struct Tensors {
+pub(crate) struct Tensors {
     projection: Projection,
     layers: Vec<Layer>,
     experts: Range<usize>,
@@ -67,7 +67,8 @@ struct MixedGradients {
 }
 
 impl Tensors {
-    fn of(config: &Config) -> Option<Tensors> {
+    /// Those of a network; `None` for the shape of a plain model.
+    pub(crate) fn of(config: &Config) -> Option<Tensors> {
         let projection = config.projection?;
         let (network, plain) = (Layout::new(config), Layout::new(&config.plain()));
         let shared =
@@ -142,11 +143,10 @@ pub fn coefficients(config: &Config, parameters: &[f32]) -> Result<Vec<Vec<Vec<f
 }
 
 impl Projected {
-    /// The network with the flat `parameters`; `None` for the shape of a plain model.
-    pub(crate) fn new(config: &Config, parameters: Vec<f32>, precision: Precision) -> Option<Projected> {
-        let tensors = Tensors::of(config)?;
+    /// The network with the flat `parameters`, whose tensors lie as `tensors` says.
+    pub(crate) fn new(config: &Config, tensors: Tensors, parameters: Vec<f32>, precision: Precision) -> Projected {
         let plain = vec![0.0; tensors.plain_len];
-        Some(Projected {
+        Projected {
             native: Native::new(&config.plain(), precision),
             parameters,
             moments: Default::default(),
@@ -156,7 +156,7 @@ impl Projected {
             mlp_gradients: Vec::new(),
             mixed: None,
             tensors,
-        })
+        }
     }
 
     /// Makes the model of expert `i`, which the next batches run through.

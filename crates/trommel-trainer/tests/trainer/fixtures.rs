@@ -49,9 +49,18 @@ pub(crate) fn batch(sequences: usize, time: usize, first: usize) -> Batch {
 
 /// Writes two shards of 20 documents each, their manifest and the tokenizer.
 pub(crate) fn write_shards(folder: &Path) {
+    write(folder, &[None, None]);
+}
+
+/// Writes a shard of 20 documents for each of some clusters, whose ids are multiples of 10.
+pub(crate) fn write_cluster_shards(folder: &Path, clusters: u32) {
+    write(folder, &(0..clusters).map(|i| Some(i * 10)).collect::<Vec<_>>());
+}
+
+fn write(folder: &Path, clusters: &[Option<u32>]) {
     fs::create_dir_all(folder).unwrap();
     let mut shards = Vec::new();
-    for shard in 0..2 {
+    for (shard, &cluster_id) in clusters.iter().enumerate() {
         let mut builder = ListBuilder::new(UInt32Builder::new());
         let documents: Vec<Vec<u32>> = (shard * 20..shard * 20 + 20).map(document).collect();
         documents.iter().for_each(|tokens| builder.append_value(tokens.iter().map(|token| Some(*token))));
@@ -61,7 +70,8 @@ pub(crate) fn write_shards(folder: &Path) {
         writer.write(&batch).unwrap();
         writer.close().unwrap();
         let tokens = documents.iter().map(Vec::len).sum::<usize>() as u64;
-        shards.push(Shard { shard: shard as u32, path, rows: 20, tokens, bytes: 0, checksum: format!("{shard}"), cluster_id: None });
+        let checksum = format!("{shard}");
+        shards.push(Shard { shard: shard as u32, path, rows: 20, tokens, bytes: 0, checksum, cluster_id });
     }
     let tokens = shards.iter().map(|shard| shard.tokens).sum();
     let manifest = Manifest { domain: "toy".into(), vocab: VOCAB as u32, end_of_text: 0, tokens, shards };
