@@ -201,6 +201,11 @@ impl ParquetSink {
         Ok(())
     }
 
+    /// The name that the file will have.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Stores a text under a name in the file's footer.
     pub fn note(&mut self, key: &str, value: &str) {
         self.writer.append_key_value_metadata(KeyValue::new(key.to_owned(), value.to_owned()));

@@ -18,7 +18,7 @@ use serde::Serialize;
 use trommel_core::error::{Error, Result};
 use trommel_core::key::Key;
 use trommel_core::schema::CORPUS;
-use trommel_spec::pipeline::Method;
+use trommel_spec::pipeline::{Method, ShardBy};
 use trommel_spec::plan::{Plan, Source};
 
 use crate::source::SourceFile;
@@ -34,6 +34,7 @@ mod version {
     pub(super) const TOKENIZER: &str = "tokenizer 1";
     pub(super) const RESAMPLE: &str = "resample 1";
     pub(super) const SHARD: &str = "shard 1";
+    pub(super) const SHARD_BY_CLUSTER: &str = "shard by cluster 1";
 }
 
 /// The work and the outputs of one input file.
@@ -78,7 +79,8 @@ pub struct Outputs {
     pub rates: PathBuf,
     /// What the weights do to each domain.
     pub diagnostics: PathBuf,
-    /// One folder of shards per domain, and one for the corpus if the unweighted model is wanted.
+    /// One folder of shards per domain, and one for the corpus if the unweighted model is wanted; only that for the corpus if
+    /// they are written by cluster.
     pub shards: Vec<(String, PathBuf)>,
     /// The key of everything that the shards depend on; what is trained on them is named with it.
     pub shards_key: Key,
@@ -119,10 +121,21 @@ impl Outputs {
             }
             None => Key::of([version::TOKENIZER.as_bytes(), &keys(true), &spec.shard.tokenizer.vocab().to_le_bytes(), &seed]),
         };
-        let streams = streams(plan);
+        let (streams, drawn) = (streams(plan), drawn(plan));
         let resample_settings = json(&(&spec.resample, &streams, spec.seed, tokenizer.to_string()))?;
         let resample = after(version::RESAMPLE, weigh, &resample_settings);
-        let shards_key = after(version::SHARD, resample, &json(&spec.shard.shard_tokens)?);
+        // Shards by cluster hold the corpus whatever the domains are, so a new domain finds them done.
+        let draws = match spec.shard.by {
+            ShardBy::Domain => resample,
+            ShardBy::Cluster => Key::of([b"by cluster", &seed[..]]),
+        };
+        let shards_key = match spec.shard.by {
+            ShardBy::Domain => after(version::SHARD, resample, &json(&spec.shard.shard_tokens)?),
+            ShardBy::Cluster => {
+                let settings = json(&(spec.shard.shard_tokens, tokenizer.to_string(), spec.seed))?;
+                after(version::SHARD_BY_CLUSTER, cluster, &settings)
+            }
+        };
 
         let path = |stage: &str, name: &str, key: Key| plan.run_dir.join(stage).join(format!("{name}-{}.parquet", key.short()));
         let units = inputs.iter().map(|input| {
@@ -138,7 +151,7 @@ impl Outputs {
                 sample: is_corpus.then(|| path("embed", "sample", after("sample", input.embed, &seed))),
                 embeddings: path("embed", name, input.embed),
                 assignments: path("assign", name, assign),
-                draws: is_corpus.then(|| path("resample", "draws", after("draws", assign, &resample.0.to_le_bytes()))),
+                draws: is_corpus.then(|| path("resample", "draws", after("draws", assign, &draws.0.to_le_bytes()))),
             }
         });
         Ok(Outputs {
@@ -150,7 +163,7 @@ impl Outputs {
             tokenizer: plan.run_dir.join("tokenizer").join(format!("{}.json", tokenizer.short())),
             rates: path("resample", "rates", resample),
             diagnostics: path("resample", "diagnostics", resample),
-            shards: streams.iter().map(|s| (s.clone(), plan.run_dir.join("shards").join(s))).collect(),
+            shards: drawn.iter().map(|s| (s.clone(), plan.run_dir.join("shards").join(s))).collect(),
             shards_key,
         })
     }
@@ -161,9 +174,19 @@ impl Outputs {
     }
 }
 
-/// The sets that shards are made for: the domains, and `corpus` if a model is to be trained on the unweighted corpus.
+/// The sets that windows are drawn for: all of [`streams`], or the corpus only if shards are written by cluster.
+pub fn drawn(plan: &Plan) -> Vec<String> {
+    match plan.spec.shard.by {
+        ShardBy::Domain => streams(plan),
+        ShardBy::Cluster => vec![CORPUS.to_owned()],
+    }
+}
+
+/// The sets that rates are planned for: the domains, and `corpus` if a model is to be trained on the unweighted corpus or its
+/// clusters.
 pub fn streams(plan: &Plan) -> Vec<String> {
-    let generic = plan.spec.train.as_ref().is_some_and(|t| t.methods.contains(&Method::Slm));
+    let by_cluster = plan.spec.shard.by == ShardBy::Cluster;
+    let generic = by_cluster || plan.spec.train.as_ref().is_some_and(|t| t.methods.contains(&Method::Slm));
     plan.spec.domains.keys().cloned().chain(generic.then(|| CORPUS.to_owned())).collect()
 }
 

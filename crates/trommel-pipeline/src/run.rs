@@ -14,7 +14,7 @@ use trommel_core::schema::CORPUS;
 use trommel_core::storage::{create_folder, remove_temporaries, write_error};
 use trommel_embed::Embedder;
 use trommel_kernels::panels;
-use trommel_spec::pipeline::Precision;
+use trommel_spec::pipeline::{Precision, ShardBy};
 use trommel_spec::plan::Plan;
 
 use crate::embed::{Counts, Pass, counts};
@@ -191,10 +191,15 @@ impl<'a> Run<'a> {
             resample::write_rates(engine, outputs, self.plan, margin)?;
         }
         engine.for_each(&missing(outputs, Stage::Resample), |unit| resample::draw(engine, outputs, self.plan, unit))?;
-        resample::write_diagnostics(engine, outputs)
+        resample::write_diagnostics(engine, outputs, self.plan.spec.shard.by)
     }
 
     fn shard(&self) -> Result<()> {
+        if self.plan.spec.shard.by == ShardBy::Cluster {
+            let sharding = Sharding { engine: &self.engine, outputs: &self.outputs, plan: self.plan, margin: 1.0 };
+            let open = self.outputs.shards.iter().filter(|(_, folder)| finished(&self.outputs, folder).is_none());
+            return open.map(|(_, folder)| sharding.by_cluster(folder).map(|_| ())).collect();
+        }
         for (domain, folder) in &self.outputs.shards {
             if finished(&self.outputs, folder).is_some() {
                 continue;
@@ -240,6 +245,7 @@ impl<'a> Run<'a> {
         Ok(match stage {
             Stage::Windows | Stage::Embed | Stage::Resample => Some(units.iter().map(|u| u.bytes).sum()),
             Stage::Assign => Some(units.iter().map(|u| counts(u).map(|c| c.windows)).sum::<Result<u64>>()?),
+            Stage::Shard if self.plan.spec.shard.by == ShardBy::Cluster => None,
             Stage::Shard => Some(self.plan.spec.resample.tokens.0 * self.outputs.shards.len() as u64),
             _ => None,
         })

@@ -158,6 +158,21 @@ pub struct Shard {
     /// Tokens per shard file, about. Default 16M.
     #[serde(default = "shard_tokens")]
     pub shard_tokens: Count,
+    /// What a folder of shards holds. Default `domain`.
+    #[serde(default)]
+    pub by: ShardBy,
+}
+
+/// What a folder of shards holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShardBy {
+    /// `resample.tokens` tokens that were drawn for one domain, in random order; a folder for each domain.
+    #[default]
+    Domain,
+    /// The whole corpus once, cluster by cluster. A training draws the clusters in any proportions, so one folder serves every
+    /// domain, a projected network and a mixture of models; `resample.tokens` only plans the table `weights`.
+    Cluster,
 }
 
 /// A tokenizer that is given or trained. Default: trained with 8,192 entries.
@@ -292,7 +307,7 @@ impl Default for Embed {
 
 impl Default for Shard {
     fn default() -> Self {
-        Shard { tokenizer: Tokenizer::default(), shard_tokens: shard_tokens() }
+        Shard { tokenizer: Tokenizer::default(), shard_tokens: shard_tokens(), by: ShardBy::default() }
     }
 }
 
