@@ -31,5 +31,7 @@ pub mod shard;
 pub mod documents;
 /// Every table of a run directory, for SQL.
 pub mod catalog;
+/// In which proportions a training draws clusters.
+pub mod proportions;
 /// The whole run.
 pub mod run;

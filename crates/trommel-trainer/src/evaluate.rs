@@ -8,7 +8,7 @@ use std::path::Path;
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use trommel_core::error::{Error, Result};
-use trommel_core::progress::{Interrupt, Progress};
+use trommel_core::progress::{Interrupt, Progress, Silent};
 use trommel_kernels::panels::Precision;
 
 use crate::batch::Batch;
@@ -56,6 +56,42 @@ pub fn evaluate(
     progress: &dyn Progress,
     interrupt: &Interrupt,
 ) -> Result<Evaluation> {
+    let Opened { mut engine, tokens, end_of_text } = open(checkpoint, documents, context, device)?;
+    if engine.config().projection.is_some() {
+        let error = Error::config("a projected network is many models; evaluate one that it projects to");
+        return Err(error.file(checkpoint.display()).hint("`trommel project` makes one"));
+    }
+    progress.begin("evaluate", Some(tokens.iter().map(|tokens| tokens.len() as u64).sum()), "tokens");
+    let scores = scores(&mut engine, &tokens, end_of_text, context, progress, interrupt)?;
+    progress.end();
+    summarize(&scores, documents.iter().map(|document| document.len() as u64).sum())
+}
+
+/// The mean loss on `documents`, in nats per token, of each expert of the projected network in `checkpoint`.
+pub fn expert_losses(
+    checkpoint: &Path,
+    documents: &[String],
+    context: usize,
+    device: &Device,
+    interrupt: &Interrupt,
+) -> Result<Vec<f64>> {
+    let Opened { mut engine, tokens, end_of_text } = open(checkpoint, documents, context, device)?;
+    let experts = engine.config().projection.map_or(1, |p| p.experts);
+    let loss = |expert: usize| {
+        engine.select_expert(expert);
+        scores(&mut engine, &tokens, end_of_text, context, &Silent, interrupt).map(|scores| mean_nll(&scores))
+    };
+    (0..experts).map(loss).collect()
+}
+
+/// A model, and documents as its tokens.
+struct Opened {
+    engine: Engine,
+    tokens: Vec<Vec<u32>>,
+    end_of_text: u32,
+}
+
+fn open(checkpoint: &Path, documents: &[String], context: usize, device: &Device) -> Result<Opened> {
     let model = checkpoint::read_model(checkpoint)?;
     let tokens = tokenize(&read_tokenizer(&checkpoint::tokenizer(checkpoint))?, documents)?;
     if context == 0 || context > model.config.context {
@@ -66,11 +102,8 @@ pub fn evaluate(
         let message = format!("the tokenizer makes token {token}, and the model has only {}", model.config.vocab);
         return Err(Error::data(message).file(checkpoint.display()).hint("the tokenizer does not belong to this model"));
     }
-    let mut engine = Engine::new(&model.config, model.parameters, device, Precision::F32)?;
-    progress.begin("evaluate", Some(tokens.iter().map(|tokens| tokens.len() as u64).sum()), "tokens");
-    let scores = scores(&mut engine, &tokens, model.end_of_text, context, progress, interrupt)?;
-    progress.end();
-    summarize(&scores, documents.iter().map(|document| document.len() as u64).sum())
+    let engine = Engine::new(&model.config, model.parameters, device, Precision::F32)?;
+    Ok(Opened { engine, tokens, end_of_text: model.end_of_text })
 }
 
 /// The score of each document, given as tokens.
@@ -137,8 +170,6 @@ fn summarize(scores: &[Score], bytes: u64) -> Result<Evaluation> {
 
 #[cfg(test)]
 mod tests {
-    use trommel_core::progress::Silent;
-
     use super::*;
     use crate::model::preset;
     use crate::parameters::Layout;

@@ -14,6 +14,7 @@
 //! `trommel_kernels::projection`), and 4 bytes per number of an MLP for each expert of a step.
 
 use std::ops::Range;
+use std::path::Path;
 
 use trommel_core::error::{Error, Result};
 use trommel_kernels::adamw::{self, Factors};
@@ -21,6 +22,7 @@ use trommel_kernels::panels::Precision;
 use trommel_kernels::projection as kernel;
 
 use crate::batch::Batch;
+use crate::checkpoint::{self, Model};
 use crate::model::{Config, Projection};
 use crate::native::Native;
 use crate::parameters::{Layout, Slot, mlp_range};
@@ -133,6 +135,16 @@ pub fn project(config: &Config, parameters: &[f32], shares: &[f64]) -> Result<Ve
     let mut model = vec![0.0; tensors.plain_len];
     tensors.project(parameters, &vector, &mut model);
     Ok(model)
+}
+
+/// Writes the plain model that `shares` (k) of the network in `checkpoint` project to, as a checkpoint in `folder`.
+pub fn write(checkpoint: &Path, shares: &[f64], folder: &Path) -> Result<()> {
+    let network = checkpoint::read_model(checkpoint)?;
+    let parameters =
+        project(&network.config, &network.parameters, shares).map_err(|e| e.file(checkpoint.display()))?;
+    let model = Model { config: network.config.plain(), end_of_text: network.end_of_text, parameters };
+    let state = serde_json::json!({ "projected_from": checkpoint, "shares": shares });
+    checkpoint::save(folder, &model, &checkpoint::tokenizer(checkpoint), None, &state)
 }
 
 /// `alpha` of every layer and expert, (layers, k, h).

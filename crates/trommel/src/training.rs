@@ -13,7 +13,7 @@ use trommel_spec::validate;
 use trommel_trainer::finetune::{FinetunePlan, PATIENCE, Start};
 use trommel_trainer::generate::Sampling;
 use trommel_trainer::model::{Config, preset};
-use trommel_trainer::pretrain::PretrainPlan;
+use trommel_trainer::pretrain::{Part, PretrainPlan};
 use trommel_trainer::recipe::Recipe;
 use trommel_trainer::{checkpoint, device};
 
@@ -38,6 +38,8 @@ pub(crate) fn train(arguments: &TrainArguments, interrupt: &Interrupt) -> anyhow
         seed: training.seed,
         out: training.out.unwrap_or_else(|| Path::new("runs").join(&training.name)),
         shards: training.shards,
+        mixture: None,
+        part: Part::Whole,
     };
     let report = trommel_trainer::pretrain::pretrain(&plan, &device, &*progress::for_stderr(), interrupt)?;
     print(&report, arguments.json)
