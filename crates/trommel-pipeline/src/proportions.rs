@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use arrow::array::{Array, AsArray};
+use arrow::array::AsArray;
 use arrow::datatypes::{DataType, Float64Type, UInt32Type};
 use datafusion::prelude::SessionContext;
 use trommel_core::error::{Error, Result};

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::project::ChoiceArgument;
+
 /// Screens a generic corpus for the part that one domain needs, and trains the small model on it.
 #[derive(Debug, Parser)]
 #[command(name = "trommel", version, max_term_width = 110)]
@@ -36,6 +38,8 @@ pub(crate) enum Command {
     Train(TrainArguments),
     /// Fine-tune a checkpoint on the documents of a domain.
     Finetune(FinetuneArguments),
+    /// Turn a projected network into the small model of one expert, or of a mixture of experts.
+    Project(ProjectArguments),
     /// Measure a checkpoint's perplexity on held-out documents.
     Eval(EvalArguments),
     /// Continue a text.
@@ -176,6 +180,38 @@ pub(crate) struct FinetuneArguments {
 fn count(text: &str) -> Result<u64, String> {
     let value = trommel_spec::count::Count::parse(text).map(|c| c.0).filter(|&n| n > 0);
     value.ok_or_else(|| "a whole number above 0, such as `250000`, `250k` or `20M`".into())
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ProjectArguments {
+    /// The checkpoint of a projected network.
+    pub(crate) checkpoint: PathBuf,
+    /// Folder that gets `checkpoint/`, an ordinary small model.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// The expert to take, from 0, instead of a choice.
+    #[arg(long, value_name = "N", conflicts_with_all = ["choice", "run", "domain"])]
+    pub(crate) expert: Option<usize>,
+    /// How to choose for a domain.
+    #[arg(long, value_enum, default_value_t = ChoiceArgument::TopCluster)]
+    pub(crate) choice: ChoiceArgument,
+    /// The run directory that holds the domain's histogram.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run: Option<PathBuf>,
+    /// The domain, as the run names it.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) domain: Option<String>,
+    /// File, folder or glob of documents to try the experts on, for `lowest-loss`; not those to evaluate on later.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) documents: Option<String>,
+    /// The column of the documents that holds the text.
+    #[arg(long, default_value = "text", value_name = "COLUMN")]
+    pub(crate) text: String,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgument,
+    /// Print one JSON object instead of a line.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -5,7 +5,7 @@
 //! which expert to take, is chosen on a tenth of the training documents, picked by a hash of their text.
 
 /// How a projected network, or a mixture of models, becomes one small model for a domain.
-mod choose;
+pub(crate) mod choose;
 /// The figures, as rows and as a table.
 pub(crate) mod outcome;
 /// Which models a plan pretrains, on which text.

@@ -8,6 +8,8 @@ mod compare;
 mod pipeline;
 /// Progress bars on a terminal, plain lines elsewhere.
 mod progress;
+/// `trommel project`.
+mod project;
 /// `trommel sql`.
 mod sql;
 /// Figures as tables.
@@ -57,6 +59,7 @@ fn dispatch(arguments: Arguments, interrupt: Interrupt) -> anyhow::Result<()> {
         Command::Sql(query) => sql::run(&query),
         Command::Train(train) => training::train(&train, &interrupt),
         Command::Finetune(finetune) => training::finetune(&finetune, &interrupt),
+        Command::Project(project) => project::run(&project, &interrupt),
         Command::Eval(eval) => training::eval(&eval, &interrupt),
         Command::Generate(generate) => training::generate(&generate, &interrupt),
         Command::DistillEmbedder(distill) => training::distill_embedder(&distill),

@@ -107,7 +107,8 @@ pub(crate) fn distill_embedder(arguments: &DistillArguments) -> anyhow::Result<(
     Ok(())
 }
 
-fn source(argument: &DocumentsArgument) -> Result<Source> {
+/// The documents that an argument names.
+pub(crate) fn source(argument: &DocumentsArgument) -> Result<Source> {
     let files = plan::find(&argument.documents).map_err(|(message, hint)| Error::config(message).hint(hint))?;
     Ok(Source { name: argument.documents.clone(), files, text: argument.text.clone(), id: None })
 }

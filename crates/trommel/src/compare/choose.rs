@@ -88,7 +88,7 @@ impl Comparison<'_> {
 }
 
 /// The place of the largest number; the first one of equals.
-pub(super) fn top(numbers: &[f64]) -> usize {
+pub(crate) fn top(numbers: &[f64]) -> usize {
     let largest = numbers.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     numbers.iter().position(|x| *x == largest).unwrap_or(0)
 }
