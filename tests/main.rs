@@ -4,6 +4,8 @@
 
 /// A directory with a small corpus and a pipeline file, and the command that runs in it.
 mod bench;
+/// Shards by cluster, and what is trained on them.
+mod clusters;
 /// Equal plans give equal bytes: at any thread count, any split of the corpus, after any number of kills.
 mod determinism;
 /// Files that are made from the code, and files that must pass it.

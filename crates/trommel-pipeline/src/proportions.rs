@@ -50,7 +50,7 @@ impl Proportions {
             catalog::register(&session, run_dir).await?;
             let tree = rows(&session, "SELECT '', cluster_id, coalesce(parent_id, cluster_id), level FROM tree").await?;
             let bins = rows(&session, "SELECT domain, cluster_id, windows, bytes FROM histograms").await?;
-            let weights = rows(&session, "SELECT domain, cluster_id, weight, weight FROM weigh").await?;
+            let weights = rows(&session, "SELECT domain, cluster_id, weight, 0 FROM weigh").await?;
             if tree.is_empty() || bins.is_empty() {
                 let error = Error::config("the run has no histograms yet").file(run_dir.display());
                 return Err(error.hint("run `trommel run` until the stage `weigh` first"));
@@ -207,7 +207,7 @@ mod tests {
             bin("law", 2, 0.0),
             bin("law", 3, 1.0),
         ];
-        let weights = vec![("law".to_owned(), 0, 7.5, 7.5), ("law".to_owned(), 1, 0.0, 0.0)];
+        let weights = vec![("law".to_owned(), 0, 7.5, 0.0), ("law".to_owned(), 1, 0.0, 0.0)];
         Proportions::of(&tree, bins, weights).unwrap()
     }
 
