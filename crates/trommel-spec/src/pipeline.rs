@@ -198,7 +198,7 @@ pub struct TrainTokenizer {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Train {
-    /// A preset: `slm-1m`, `slm-3m`, `slm-5m`, `slm-9m`, `slm-30m` or `slm-126m`.
+    /// A preset: `slm-600k`, `slm-1m`, `slm-3m`, `slm-5m`, `slm-9m`, `slm-30m` or `slm-126m`.
     pub model: String,
     /// Tokens that a prediction can look back on, and the length of a training sequence (8 to 65,536). Default 1024.
     #[serde(default = "context")]
