@@ -191,8 +191,8 @@ pub struct Train {
     pub context: u32,
     /// Tokens of pretraining, the same for every method.
     pub tokens: Count,
-    /// What to compare. Default: all of them.
-    #[serde(default = "all_methods")]
+    /// What to compare. Default: `slm`, `slm-is` and `slm-nopt`.
+    #[serde(default = "default_methods")]
     #[schemars(length(min = 1))]
     pub methods: Vec<Method>,
     /// How the learning rate moves. Default `cosine`.
@@ -213,6 +213,8 @@ pub enum Method {
     SlmIs,
     /// The domain set only.
     SlmNopt,
+    /// The corpus's windows that DSIR selects for the domain, by importance resampling on hashed n-grams (arXiv 2302.03169).
+    Dsir,
 }
 
 impl Method {
@@ -222,6 +224,7 @@ impl Method {
             Method::Slm => "slm",
             Method::SlmIs => "slm-is",
             Method::SlmNopt => "slm-nopt",
+            Method::Dsir => "dsir",
         }
     }
 }
@@ -274,7 +277,7 @@ fn shard_tokens() -> Count {
 fn context() -> u32 {
     1024
 }
-fn all_methods() -> Vec<Method> {
+fn default_methods() -> Vec<Method> {
     vec![Method::Slm, Method::SlmIs, Method::SlmNopt]
 }
 

@@ -92,6 +92,7 @@ fn pretrainings(plan: &Plan, train: &Train) -> Vec<(Method, Option<String>)> {
             Method::Slm => models.push((Method::Slm, None)),
             Method::SlmIs => models.extend(domains().map(|d| (Method::SlmIs, Some(d)))),
             Method::SlmNopt => {}
+            Method::Dsir => models.extend(domains().map(|d| (Method::Dsir, Some(d)))),
         }
     }
     models
@@ -147,7 +148,7 @@ fn folder(plan: &Plan, outputs: &Outputs, stage: &str, method: Method, domain: O
         serde_json::to_vec(&(train, finetune)).unwrap_or_default()
     };
     let settings = json(&spec.train, if stage == "train" { &None } else { &spec.finetune });
-    let key = Key::of([&outputs.shards_key.0.to_le_bytes()[..], &settings, &spec.seed.to_le_bytes()]);
+    let key = Key::of([&outputs.shards_key_of(method).0.to_le_bytes()[..], &settings, &spec.seed.to_le_bytes()]);
     let name = [Some(method.name()), domain].into_iter().flatten().collect::<Vec<_>>().join("-");
     plan.run_dir.join(stage).join(format!("{name}-{}", key.short()))
 }
@@ -186,15 +187,15 @@ impl Comparison<'_> {
         Ok((made, StageReport { stage: stage.to_owned(), cached, seconds, rows, bytes: None }))
     }
 
-    fn shards(&self, domain: &str) -> Result<&Path> {
-        let found = self.outputs.shards.iter().find(|(name, _)| name == domain);
-        Ok(&found.ok_or_else(|| Error::internal(format!("there are no shards for `{domain}`")))?.1)
+    fn shards(&self, method: Method, domain: &str) -> Result<&Path> {
+        let found = self.outputs.shards_of(method, domain);
+        found.ok_or_else(|| Error::internal(format!("there are no shards for `{domain}`")))
     }
 
     fn pretrain(&self, train: &Train, cached: &mut bool) -> Result<Vec<Candidate>> {
         let mut candidates = Vec::new();
         for (method, domain) in pretrainings(self.plan, train) {
-            let shards = self.shards(domain.as_deref().unwrap_or(CORPUS))?;
+            let shards = self.shards(method, domain.as_deref().unwrap_or(CORPUS))?;
             let model = trommel_trainer::model::Config {
                 context: train.context as usize,
                 ..preset(&train.model, Manifest::read(shards)?.vocab as usize)?
@@ -230,8 +231,8 @@ impl Comparison<'_> {
             let name = &domain.name;
             for &method in &train.methods {
                 let before = pretrained.iter().find(|c| c.method == method && c.domain.as_ref().is_none_or(|d| d == name));
-                let tokenizer = self.shards(name)?.join(Manifest::TOKENIZER);
-                let manifest = Manifest::read(self.shards(name)?)?;
+                let tokenizer = self.shards(method, name)?.join(Manifest::TOKENIZER);
+                let manifest = Manifest::read(self.shards(method, name)?)?;
                 let model = trommel_trainer::model::Config {
                     context: train.context as usize,
                     ..preset(&train.model, manifest.vocab as usize)?
@@ -388,6 +389,7 @@ pub(crate) fn result_table(outcomes: &[Outcome]) -> String {
     let meaning = |method: &str| match method {
         "slm" => "slm (generic)",
         "slm-is" => "slm-is (resampled)",
+        "dsir" => "dsir (resampled by DSIR)",
         _ => "slm-nopt (domain only)",
     };
     let mut rows: Vec<(&str, &str)> = outcomes.iter().map(|o| (o.domain.as_str(), o.method)).collect();
