@@ -132,11 +132,7 @@ fn write_rejects(unit: &Unit, mut rejected: Vec<Reject>) -> Result<()> {
 }
 
 /// Registers a unit's documents as the table `source`; the list fills with rejected rows as the table is read.
-pub fn register_source(
-    session: &SessionContext,
-    unit: &Unit,
-    progress: Arc<dyn Progress>,
-) -> Result<Arc<Mutex<Vec<Reject>>>> {
+pub fn register_source(session: &SessionContext, unit: &Unit, progress: Arc<dyn Progress>) -> Result<Arc<Mutex<Vec<Reject>>>> {
     let rejected = Arc::new(Mutex::new(Vec::new()));
     let documents = Documents {
         file: unit.file.clone(),

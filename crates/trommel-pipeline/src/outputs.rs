@@ -217,7 +217,8 @@ fn dsir(plan: &Plan, outputs: &Outputs, inputs: &[Input], cluster: Key, tokenize
         let before: Vec<u8> = before.iter().flat_map(|k| k.0.to_le_bytes()).collect();
         Key::of([version::DSIR.as_bytes(), step.as_bytes(), &before, settings])
     };
-    let path = |stage: &str, name: &str, key: Key| plan.run_dir.join(stage).join(format!("dsir-{name}-{}.parquet", key.short()));
+    let path =
+        |stage: &str, name: &str, key: Key| plan.run_dir.join(stage).join(format!("dsir-{name}-{}.parquet", key.short()));
     let mut windows: Vec<Key> = inputs.iter().map(|i| i.windows).collect();
     windows.sort();
     let ratios = key("ratios", &windows, &[]);

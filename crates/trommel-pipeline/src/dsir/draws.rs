@@ -49,7 +49,9 @@ pub fn select(engine: &Engine, dsir: &Dsir, plan: &Plan) -> Result<()> {
                     "the corpus has {tokens} tokens that DSIR can select for `{domain}`, those of the windows of at least \
                      {WORDS_MIN} words, and {budget} are asked for; it selects no window twice"
                 ))
-                .hint("lower `resample.tokens`, add to the corpus, raise `windows.bytes`, or leave `dsir` out of `train.methods`"));
+                .hint(
+                    "lower `resample.tokens`, add to the corpus, raise `windows.bytes`, or leave `dsir` out of `train.methods`",
+                ));
             }
             met &= ends;
             if !ends {
@@ -57,7 +59,8 @@ pub fn select(engine: &Engine, dsir: &Dsir, plan: &Plan) -> Result<()> {
             }
         }
         if met {
-            return crate::engine::write_parquet(&dsir.selection, &selection_schema(), found.batches.into_iter().map(Ok)).map(|_| ());
+            return crate::engine::write_parquet(&dsir.selection, &selection_schema(), found.batches.into_iter().map(Ok))
+                .map(|_| ());
         }
     }
 }

@@ -3,8 +3,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, AsArray};
-use arrow::datatypes::{DataType, Field, Float64Type, Int64Type, Schema, SchemaRef};
+use arrow::array::{ArrayRef, AsArray, Int64Array, ListArray, StructArray};
+use arrow::buffer::OffsetBuffer;
+use arrow::datatypes::{DataType, Field, Fields, Float64Type, Int64Type, Schema, SchemaRef};
 use datafusion::common::ScalarValue;
 use datafusion::error::Result as QueryResult;
 use datafusion::logical_expr::function::AccumulatorArgs;
@@ -22,7 +23,7 @@ pub fn count(engine: &Engine, window_bytes: u32, unit: &DsirUnit) -> Result<()> 
     session.register_udaf(ngram_counts_function());
     register_texts(engine, &session, &unit.unit, window_bytes)?;
     let sql = include_str!("../sql/dsir_counts.sql").replace("{source}", &unit.unit.source);
-    let frame = engine.query(&session, &sql.replace("{buckets}", &BUCKETS.to_string()))?;
+    let frame = engine.query(&session, &sql)?;
     engine.write(frame, &counts_schema(), &unit.counts)?;
     engine.progress.advance(unit.unit.bytes);
     Ok(())
@@ -97,14 +98,22 @@ pub(super) fn log(x: f64) -> f64 {
     libm::log(x)
 }
 
-/// SQL `ngram_counts(text)`: a list of [`BUCKETS`] counts over all rows.
+/// SQL `ngram_counts(text)`: a list of [`BUCKETS`] pairs (bucket, count) over all rows.
 pub fn ngram_counts_function() -> AggregateUDF {
-    let list = DataType::new_list(DataType::Int64, true);
+    let pairs = DataType::List(Arc::new(pair_item()));
     let start = |_: AccumulatorArgs<'_>| -> QueryResult<Box<dyn Accumulator>> {
         Ok(Box::new(Counts { featurizer: Featurizer::default(), counts: vec![0; BUCKETS] }))
     };
-    let state = Arc::new(vec![list.clone()]);
-    create_udaf("ngram_counts", vec![DataType::Utf8View], Arc::new(list), Volatility::Immutable, Arc::new(start), state)
+    let state = Arc::new(vec![pairs.clone()]);
+    create_udaf("ngram_counts", vec![DataType::Utf8View], Arc::new(pairs), Volatility::Immutable, Arc::new(start), state)
+}
+
+fn pair_fields() -> Fields {
+    Fields::from(["bucket", "count"].map(|name| Field::new(name, DataType::Int64, false)).to_vec())
+}
+
+fn pair_item() -> Field {
+    Field::new("item", DataType::Struct(pair_fields()), true)
 }
 
 #[derive(Debug)]
@@ -122,8 +131,11 @@ impl Accumulator for Counts {
     }
 
     fn evaluate(&mut self) -> QueryResult<ScalarValue> {
-        let counts: Vec<ScalarValue> = self.counts.iter().map(|&n| n.into()).collect();
-        Ok(ScalarValue::List(ScalarValue::new_list_nullable(&counts, &DataType::Int64)))
+        let buckets = Int64Array::from_iter_values(0..BUCKETS as i64);
+        let columns: Vec<ArrayRef> = vec![Arc::new(buckets), Arc::new(Int64Array::from(self.counts.clone()))];
+        let pairs = Arc::new(StructArray::try_new(pair_fields(), columns, None)?);
+        let list = ListArray::try_new(Arc::new(pair_item()), OffsetBuffer::from_lengths([BUCKETS]), pairs, None)?;
+        Ok(ScalarValue::List(Arc::new(list)))
     }
 
     fn size(&self) -> usize {
@@ -135,8 +147,9 @@ impl Accumulator for Counts {
     }
 
     fn merge_batch(&mut self, states: &[ArrayRef]) -> QueryResult<()> {
-        for counts in states[0].as_list::<i32>().iter().flatten() {
-            self.counts.iter_mut().zip(counts.as_primitive::<Int64Type>().values()).for_each(|(sum, n)| *sum += n);
+        for pairs in states[0].as_list::<i32>().iter().flatten() {
+            let counts = pairs.as_struct().column(1).as_primitive::<Int64Type>();
+            self.counts.iter_mut().zip(counts.values()).for_each(|(sum, n)| *sum += n);
         }
         Ok(())
     }
@@ -157,7 +170,7 @@ mod tests {
     #[test]
     fn a_query_counts_every_ngram_and_sums_files() {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        let sql = include_str!("../sql/dsir_counts.sql").replace("{buckets}", &BUCKETS.to_string());
+        let sql = include_str!("../sql/dsir_counts.sql");
         let count = |domain: &str| sql.replace("{source}", domain).replace("texts", &format!("{domain}_texts"));
         let batches = runtime.block_on(async {
             let session = datafusion::prelude::SessionContext::new();

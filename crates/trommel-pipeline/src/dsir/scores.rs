@@ -85,7 +85,7 @@ pub fn log_weights_function(ratios: &Arc<LogRatios>) -> ScalarUDF {
 
 /// Appends the text's log weight for each domain, the sum of the log ratios of its n-grams; returns its words.
 ///
-/// The package sums over all n-grams too: long windows have the largest weights, either way. [DS 3]
+/// The package sums over all n-grams too: long windows have the largest weights, either way. [DS]
 fn log_weights(featurizer: &mut Featurizer, ratios: &LogRatios, text: &str, weights: &mut Vec<f64>) -> usize {
     let (first, domains) = (weights.len(), ratios.domains.len());
     weights.resize(first + domains, 0.0);
@@ -98,7 +98,7 @@ fn log_weights(featurizer: &mut Featurizer, ratios: &LogRatios, text: &str, weig
 
 /// SQL `gumbel(domain, document, window)`: noise from the standard Gumbel distribution, a hash of the seed and the arguments.
 ///
-/// The k highest of `log w + noise` are k draws without replacement in proportion to w (the Gumbel top-k trick). [DS 3]
+/// The k highest of `log w + noise` are k draws without replacement in proportion to w (the Gumbel top-k trick). [DS]
 pub fn gumbel_function(seed: u64) -> ScalarUDF {
     let stream = Stream::new(seed, "dsir");
     let compute = move |arguments: &[ColumnarValue]| {
@@ -123,7 +123,57 @@ fn gumbel(bits: u64) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use serde::Deserialize;
+
     use super::*;
+    use crate::dsir::ngrams::BUCKETS;
+
+    /// What `tests/peers/dsir_weights.py` has written: texts, and what `data-selection` 1.0.3 makes of them.
+    #[derive(Deserialize)]
+    struct Fixture {
+        raw: Vec<String>,
+        targets: BTreeMap<String, Vec<String>>,
+        words: Vec<usize>,
+        log_weights: BTreeMap<String, Vec<f64>>,
+        noise: BTreeMap<String, Vec<f64>>,
+        picked: BTreeMap<String, Vec<usize>>,
+    }
+
+    /// The share of each bucket in some texts.
+    fn shares(texts: &[String]) -> Vec<f64> {
+        let (mut featurizer, mut counts) = (Featurizer::default(), vec![0.0; BUCKETS]);
+        texts.iter().for_each(|text| {
+            featurizer.ngrams(text, |bucket| counts[usize::from(bucket)] += 1.0);
+        });
+        let sum: f64 = counts.iter().sum();
+        counts.into_iter().map(|n| n / sum).collect()
+    }
+
+    #[test]
+    fn weights_and_selections_are_those_of_the_package() {
+        let fixture: Fixture = serde_json::from_str(include_str!("../../tests/fixtures/dsir.json")).unwrap();
+        let corpus = shares(&fixture.raw);
+        let pairs = |texts| shares(texts).into_iter().zip(corpus.clone()).map(|(p_domain, p_corpus)| [p_domain, p_corpus]);
+        let domains: Vec<String> = fixture.targets.keys().cloned().collect();
+        let ratios = LogRatios::new(domains.clone(), &fixture.targets.values().flat_map(pairs).collect::<Vec<_>>());
+        let (mut featurizer, mut weights) = (Featurizer::default(), Vec::new());
+        let words: Vec<usize> =
+            fixture.raw.iter().map(|text| log_weights(&mut featurizer, &ratios, text, &mut weights)).collect();
+        assert_eq!(words, fixture.words);
+        for (i, domain) in domains.iter().enumerate() {
+            let ours: Vec<f64> = weights.iter().copied().skip(i).step_by(domains.len()).collect();
+            for (a, b) in ours.iter().zip(&fixture.log_weights[domain]) {
+                assert!((a - b).abs() < 1e-10 * b.abs(), "{a} and {b}");
+            }
+            let mut picked: Vec<usize> = (0..ours.len()).filter(|&i| words[i] >= WORDS_MIN).collect();
+            picked.sort_by(|&a, &b| (ours[b] + fixture.noise[domain][b]).total_cmp(&(ours[a] + fixture.noise[domain][a])));
+            picked.truncate(fixture.picked[domain].len());
+            picked.sort();
+            assert_eq!(picked, fixture.picked[domain], "{domain}");
+        }
+    }
 
     #[test]
     fn noise_is_finite_and_follows_the_gumbel_distribution() {

@@ -1,5 +1,5 @@
--- ngram_counts(text): how many n-grams of the windows of one input file fall into each bucket.  [DS 3]
+-- ngram_counts(text): how many n-grams of the windows of one input file fall into each bucket.  [DS]
 -- in:  texts(text, ...)
 -- out: domain (the corpus is `corpus`), bucket, count
-SELECT '{source}' AS domain, unnest(range(0, {buckets})) AS bucket, unnest(counts) AS count
-FROM (SELECT ngram_counts(text) AS counts FROM texts)
+SELECT '{source}' AS domain, c['bucket'] AS bucket, c['count'] AS count
+FROM (SELECT unnest(ngram_counts(text)) AS c FROM texts)

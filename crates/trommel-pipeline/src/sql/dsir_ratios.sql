@@ -1,4 +1,4 @@
--- The bags of n-grams: p_domain_b = count_b / sum of counts, and p_corpus_b likewise.  [DS 3]
+-- The bags of n-grams: p_domain_b = count_b / sum of counts, and p_corpus_b likewise.  [DS]
 -- in:  counts(domain, bucket, count)
 -- out: domain, bucket, p_domain, p_corpus
 WITH sums AS (

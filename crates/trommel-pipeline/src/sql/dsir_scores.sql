@@ -1,4 +1,4 @@
--- log_weights(text): the log importance weight of each window of one corpus file, for every domain at once.  [DS 3]
+-- log_weights(text): the log importance weight of each window of one corpus file, for every domain at once.  [DS]
 -- The key adds noise that is a hash of the seed, the domain and the window, from the Gumbel distribution: the windows of highest
 -- key are a sample without replacement, in proportion to the weights. A window of few words has none and is not selected.
 -- in:  texts(document, window, row, byte_len, text, ...)
