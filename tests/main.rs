@@ -8,6 +8,8 @@ mod bench;
 mod clusters;
 /// Equal plans give equal bytes: at any thread count, any split of the corpus, after any number of kills.
 mod determinism;
+/// The method `dsir`: its windows are those of highest key, and the same wherever the plan runs.
+mod dsir;
 /// Files that are made from the code, and files that must pass it.
 mod generated;
 /// Broken inputs: each has a clear error and leaves nothing half-written.

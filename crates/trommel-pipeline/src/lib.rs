@@ -25,6 +25,8 @@ pub mod weigh;
 pub mod tokenizer;
 /// Windows are drawn.
 pub mod resample;
+/// Windows are selected by another method, for comparison.
+pub mod dsir;
 /// Draws become training shards.
 pub mod shard;
 /// The tables `corpus` and `domains`.

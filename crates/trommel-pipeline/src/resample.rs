@@ -14,22 +14,18 @@ use arrow::array::{
 };
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Fields, Float64Type, Schema, SchemaRef, UInt32Type};
-use datafusion::datasource::MemTable;
 use datafusion::logical_expr::{ColumnarValue, ScalarUDF, Volatility, create_udf};
-use datafusion::prelude::SessionContext;
 use trommel_core::error::{Error, Result};
-use trommel_core::progress::Silent;
 use trommel_core::schema::CORPUS;
 use trommel_core::seed::{Stream, unit};
 use trommel_spec::pipeline::ShardBy;
 use trommel_spec::plan::Plan;
 
-use crate::embed::{read_sample, register_source, window_key};
-use crate::engine::{Engine, ParquetSink, footer, query_error};
+use crate::embed::{read_sample, register_texts, window_key};
+use crate::engine::{Engine, ParquetSink, footer, register_batches};
 use crate::histogram::{self, Bin};
 use crate::outputs::{Outputs, Unit, drawn, streams};
 use crate::tokenizer::Encoder;
-use crate::window::{content_key_function, windows_function};
 use crate::{cluster, weigh};
 
 /// Epochs over a cluster beyond which a plan is taken for a mistake.
@@ -216,20 +212,18 @@ impl Density {
 /// Draws from one corpus unit, for every domain at once.
 pub fn draw(engine: &Engine, outputs: &Outputs, plan: &Plan, unit: &Unit) -> Result<()> {
     let Some(path) = &unit.draws else { return Ok(()) };
-    let functions = [windows_function(plan.spec.windows.bytes), content_key_function(), draws_function(plan.spec.seed)];
-    let session = engine.session(1, functions);
-    register_source(&session, unit, Arc::new(Silent))?;
+    let session = engine.session(1, [draws_function(plan.spec.seed)]);
+    register_texts(engine, &session, unit, plan.spec.windows.bytes)?;
     engine.register(&session, "assignments", &[&unit.assignments])?;
     engine.register(&session, "rates", &[&outputs.rates])?;
-    let texts = engine.query(&session, include_str!("sql/windows.sql"))?;
-    session.register_table("texts", texts.into_view()).map_err(query_error)?;
     let frame = engine.query(&session, include_str!("sql/draw.sql"))?;
     engine.write(frame, &draws_schema(), path)?;
     engine.progress.advance(unit.bytes);
     Ok(())
 }
 
-fn draws_schema() -> SchemaRef {
+/// The columns of the table `draws`.
+pub fn draws_schema() -> SchemaRef {
     Arc::new(Schema::new(vec![
         Field::new("domain", DataType::Utf8, false),
         Field::new("shuffle", DataType::UInt64, false),
@@ -327,13 +321,6 @@ pub fn diagnostics_schema() -> SchemaRef {
     Arc::new(Schema::new(
         std::iter::once(domain).chain(names.map(|n| Field::new(n, DataType::Float64, false))).collect::<Vec<_>>(),
     ))
-}
-
-fn register_batches(session: &SessionContext, table: &str, batches: Vec<RecordBatch>, empty: &SchemaRef) -> Result<()> {
-    let schema = batches.first().map_or_else(|| Arc::clone(empty), RecordBatch::schema);
-    let memory = MemTable::try_new(schema, vec![batches]).map_err(query_error)?;
-    session.register_table(table, Arc::new(memory)).map_err(query_error)?;
-    Ok(())
 }
 
 #[cfg(test)]

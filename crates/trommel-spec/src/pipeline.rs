@@ -291,6 +291,8 @@ pub enum Method {
     TrunkDecay,
     /// A larger model on the unweighted corpus; `train.llm` names it.
     Llm,
+    /// The corpus's windows that DSIR selects for the domain, by importance resampling on hashed n-grams (arXiv 2302.03169).
+    Dsir,
 }
 
 impl Method {
@@ -304,6 +306,7 @@ impl Method {
             Method::SlmMix => "slm-mix",
             Method::TrunkDecay => "trunk-decay",
             Method::Llm => "llm",
+            Method::Dsir => "dsir",
         }
     }
 

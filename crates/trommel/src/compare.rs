@@ -170,11 +170,10 @@ impl Comparison<'_> {
         Ok((made, StageReport { stage: stage.to_owned(), cached, seconds, rows: None, bytes: None }))
     }
 
-    fn shards(&self, of: &str) -> Result<&Path> {
-        let found = self.outputs.shards.iter().find(|(name, _)| name == of);
-        // By cluster, one folder serves all.
-        let found = found.or_else(|| self.outputs.shards.first());
-        Ok(&found.ok_or_else(|| Error::internal(format!("there are no shards for `{of}`")))?.1)
+    /// The shards of a domain, or of the corpus; by cluster, one folder serves all.
+    fn shards(&self, method: Method, of: &str) -> Result<&Path> {
+        let found = self.outputs.shards_of(method, of).or_else(|| self.outputs.shards_of(method, CORPUS));
+        found.ok_or_else(|| Error::internal(format!("there are no shards for `{of}`")))
     }
 
     fn model(&self, train: &Train, preset_name: &str, shards: &Path) -> Result<Config> {
@@ -186,8 +185,8 @@ impl Comparison<'_> {
         let mut all: Vec<Trained> = Vec::new();
         for what in pretrainings(self.plan, train, proportions)? {
             let shards = match &what.text {
-                Text::Shards(of) => self.shards(of)?,
-                _ => self.shards(CORPUS)?,
+                Text::Shards(of) => self.shards(what.method, of)?,
+                _ => self.shards(what.method, CORPUS)?,
             };
             let model = self.model(train, what.preset(train), shards)?;
             let model = Config { projection: what.projection(train, proportions)?, ..model };
@@ -293,7 +292,7 @@ impl Comparison<'_> {
         let alone = train.methods.iter().filter(|&&m| m == Method::SlmNopt).flat_map(|m| (0..train.seeds(*m)).map(u64::from));
         for offset in alone {
             let seed = self.plan.spec.seed + offset;
-            let shards = self.shards(&domain.name)?;
+            let shards = self.shards(Method::SlmNopt, &domain.name)?;
             let model = self.model(train, &train.model, shards)?;
             let start = Start::Scratch { model, end_of_text: Manifest::read(shards)?.end_of_text };
             let seeds = if train.seeds(Method::SlmNopt) > 1 { format!("-seed-{seed}") } else { String::new() };
@@ -348,12 +347,12 @@ impl Comparison<'_> {
             start,
             train: domain.train.clone(),
             validation: domain.validation.clone(),
-            tokenizer: self.shards(&domain.name)?.join(Manifest::TOKENIZER),
+            tokenizer: self.shards(Method::SlmNopt, &domain.name)?.join(Manifest::TOKENIZER),
             context: train.context as usize,
             tokens,
             seed,
             patience: PATIENCE,
-            out: folder(self.plan, self.outputs, "finetune", &name, &[&json(&settings), &seed.to_le_bytes(), &domain.key()]),
+            out: folder(self.plan, "finetune", &name, &[&self.outputs.shards_key.0.to_le_bytes(), &json(&settings), &seed.to_le_bytes(), &domain.key()]),
         };
         self.progress.line(&format!("fine-tuning {name}"));
         let report = finetune(&plan, self.device, self.progress, self.interrupt)?;

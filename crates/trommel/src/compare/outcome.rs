@@ -50,6 +50,7 @@ fn meaning(method: &str) -> &str {
         "slm-nopt" => "slm-nopt (domain only)",
         "slm-pn" => "slm-pn (projected)",
         "slm-mix" => "slm-mix (one per cluster)",
+        "dsir" => "dsir (resampled by DSIR)",
         "llm" => "llm (larger)",
         other => other,
     }

@@ -97,6 +97,9 @@ impl Listing<'_> {
                 }
             }
             Method::SlmNopt => {}
+            Method::Dsir => {
+                all.extend(domains().map(|d| model(String::new(), Some(d), Text::Shards(d.clone()), Phase::Whole)));
+            }
             Method::SlmPn => {
                 for level in expert_levels {
                     all.push(model(format!("level-{level}"), None, Text::Experts { level }, Phase::Whole));
@@ -186,13 +189,14 @@ impl Pretraining {
         // Proportions come from the histograms and weights, which shards by cluster do not depend on.
         let weights = outputs.weights.file_name().filter(|_| !matches!(self.text, Text::Shards(_)));
         let weights = weights.unwrap_or_default().as_encoded_bytes();
-        folder(plan, outputs, "train", &self.name(train), &[&json(&settings), weights, &self.seed.to_le_bytes()])
+        let shards = outputs.shards_key_of(self.method).0.to_le_bytes();
+        folder(plan, "train", &self.name(train), &[&shards, &json(&settings), weights, &self.seed.to_le_bytes()])
     }
 }
 
 /// The folder of one step of training in a run.
-pub(super) fn folder(plan: &Plan, outputs: &Outputs, stage: &str, name: &str, depends_on: &[&[u8]]) -> PathBuf {
-    let key = Key::of([&outputs.shards_key.0.to_le_bytes()[..]].into_iter().chain(depends_on.iter().copied()));
+pub(super) fn folder(plan: &Plan, stage: &str, name: &str, depends_on: &[&[u8]]) -> PathBuf {
+    let key = Key::of(depends_on.iter().copied());
     plan.run_dir.join(stage).join(format!("{name}-{}", key.short()))
 }
 
