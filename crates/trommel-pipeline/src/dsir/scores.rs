@@ -155,7 +155,9 @@ mod tests {
     fn weights_and_selections_are_those_of_the_package() {
         let fixture: Fixture = serde_json::from_str(include_str!("../../tests/fixtures/dsir.json")).unwrap();
         let corpus = shares(&fixture.raw);
-        let pairs = |texts| shares(texts).into_iter().zip(corpus.clone()).map(|(p_domain, p_corpus)| [p_domain, p_corpus]);
+        let pairs = |texts: &Vec<String>| {
+            shares(texts).into_iter().zip(corpus.clone()).map(|(p_domain, p_corpus)| [p_domain, p_corpus])
+        };
         let domains: Vec<String> = fixture.targets.keys().cloned().collect();
         let ratios = LogRatios::new(domains.clone(), &fixture.targets.values().flat_map(pairs).collect::<Vec<_>>());
         let (mut featurizer, mut weights) = (Featurizer::default(), Vec::new());
