@@ -14,12 +14,20 @@ pub mod documents;
 pub mod engine;
 /// How well a model predicts held-out documents.
 pub mod evaluate;
+/// A model in the formats that other programs open.
+pub mod export;
 /// Fine-tuning with early stop.
 pub mod finetune;
 /// Text from a model.
 pub mod generate;
 /// The stream of training tokens of a folder of shards.
 pub mod loader;
+/// A model as one file for llama.cpp.
+mod gguf;
+/// A tokenizer as the metadata of that file.
+mod gguf_tokenizer;
+/// `config.json` of a model, in the words of `transformers`.
+mod llama_config;
 /// One line per training step.
 pub mod log;
 /// The shape of the model, its presets, and what it costs.
@@ -34,3 +42,5 @@ pub mod pretrain;
 pub mod recipe;
 /// The model on candle's tape.
 pub mod tape;
+/// The weights of a model as safetensors.
+mod weights;

@@ -51,6 +51,9 @@ pub struct Config {
     pub norm_eps: f64,
 }
 
+/// No model that fits a machine has more, and what is counted or laid out below stays far from overflow.
+const MOST_PARAMETERS: f64 = 1e12;
+
 /// The presets: name, width, layers, heads, mlp, activation, context.
 ///
 /// At a vocabulary of 4,096 they have 1.1, 2.6, 4.3, 7.6, 27.8 and 92.3 million parameters; `slm-9m` has 8.7 million at a
@@ -114,6 +117,11 @@ impl Config {
         if u32::try_from(self.vocab).is_err() {
             return Err(Error::config(format!("a vocabulary of {} tokens exceeds 32 bits", self.vocab)));
         }
+        let [vocab, width, layers, _, mlp, _] = sizes.map(|size| size as f64);
+        let parameters = vocab * width + layers * width * (4.0 * width + 3.0 * mlp);
+        if parameters > MOST_PARAMETERS {
+            return Err(Error::config(format!("a model of {parameters:.0e} parameters is too large")));
+        }
         Ok(())
     }
 
@@ -176,7 +184,10 @@ mod tests {
 
     #[test]
     fn sizes_that_do_not_fit_are_refused() {
-        let config = Config { heads: 5, ..preset("slm-1m", 100).unwrap() };
-        assert!(config.check().is_err());
+        for config in
+            [(5, 352), (0, 352), (4, usize::MAX)].map(|(heads, mlp)| Config { heads, mlp, ..preset("slm-1m", 100).unwrap() })
+        {
+            assert!(config.check().is_err(), "{config:?}");
+        }
     }
 }

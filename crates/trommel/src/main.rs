@@ -12,7 +12,7 @@ mod progress;
 mod sql;
 /// Figures as tables.
 mod table;
-/// `trommel train`, `finetune`, `eval`, `generate` and `distill-embedder`.
+/// `trommel train`, `finetune`, `eval`, `generate`, `export` and `distill-embedder`.
 mod training;
 
 use std::process::ExitCode;
@@ -59,6 +59,7 @@ fn dispatch(arguments: Arguments, interrupt: Interrupt) -> anyhow::Result<()> {
         Command::Finetune(finetune) => training::finetune(&finetune, &interrupt),
         Command::Eval(eval) => training::eval(&eval, &interrupt),
         Command::Generate(generate) => training::generate(&generate, &interrupt),
+        Command::Export(export) => training::export(&export),
         Command::DistillEmbedder(distill) => training::distill_embedder(&distill),
         Command::Schema(schema) => pipeline::schema(&schema),
     }
