@@ -42,6 +42,9 @@ pub struct Exported {
 pub fn export(checkpoint: &Path, format: Format, out: &Path) -> Result<Exported> {
     refuse_existing(out)?;
     let model = checkpoint::read_verified_model(checkpoint)?;
+    if format == Format::Gguf {
+        gguf::check(&model.config).map_err(|e| e.file(checkpoint.display()))?;
+    }
     let tokenizer = checkpoint::tokenizer(checkpoint);
     let end_of_text = end_of_text(&model, &tokenizer)?;
     let written = match format {
@@ -201,6 +204,7 @@ mod tests {
         let out = folder.path().join("out");
         let error = export(&at, Format::Gguf, &out).unwrap_err();
         assert!(error.exit_code() == 2 && error.message().contains("`GELU`"), "{error}");
+        assert_eq!(error.place().file.as_deref(), at.to_str());
         // A flipped bit is found by the checkpoint's checksums, although it is a number like any other.
         let weights = fs::read(at.join("model.safetensors")).unwrap();
         let mut flipped = weights.clone();

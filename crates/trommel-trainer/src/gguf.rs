@@ -27,12 +27,17 @@ use crate::parameters::{Layout, Slot};
 /// `general.file_type` of a file whose tensors are all `f32`.
 const ALL_F32: u32 = 0;
 
-/// Writes a model to `file`; `path` is its name in messages. `tokenizer` is the model's `tokenizer.json`.
-pub(crate) fn write(model: &Model, tokenizer: &Path, path: &Path, file: &mut File) -> Result<()> {
-    if model.config.activation != Activation::SwiGlu {
+/// A [`Error::config`] unless llama.cpp has an architecture for a model of this shape.
+pub(crate) fn check(config: &Config) -> Result<()> {
+    if config.activation != Activation::SwiGlu {
         let error = Error::config("llama.cpp has no architecture with this model's MLP, two matrices and `GELU`");
         return Err(error.hint("use `--format hf`; the presets other than `slm-126m` have `SwiGLU` and can be exported"));
     }
+    Ok(())
+}
+
+/// Writes a model that passes [`check`] to `file`; `path` is its name in messages. `tokenizer` is the model's `tokenizer.json`.
+pub(crate) fn write(model: &Model, tokenizer: &Path, path: &Path, file: &mut File) -> Result<()> {
     let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let mut metadata = shape(&model.config, name);
     metadata.extend(gguf_tokenizer::metadata(tokenizer, &model.config, model.end_of_text)?);

@@ -160,7 +160,8 @@ fn rope_theta(fields: &Fields) -> Result<f64> {
     if theta.is_finite() && theta > 0.0 { Ok(theta) } else { Err(fields.refusal("rope_theta", theta, "a number above 0")) }
 }
 
-/// One token, or the first of a list: models that were tuned to chat list the end of a turn after the end of a text.
+/// One token, or the first of a list: models that were tuned to chat list the end of a turn after the end of a text. It begins
+/// documents too, whatever `bos_token_id` says, because the trainer has one token for both.
 fn end_of_text(fields: &Fields) -> Result<u32> {
     match fields.get::<Value>("eos_token_id")? {
         Some(Value::Array(_)) => {
