@@ -84,7 +84,7 @@ fn save_gelu(bench: &Bench, folder: &str, tokenizer: &Path) {
     let vocab = read_tokenizer(tokenizer).unwrap().get_vocab_size(true);
     let config = Config { activation: Activation::Gelu, layers: 2, context: 64, ..preset("slm-1m", vocab).unwrap() };
     let numbers = Layout::new(&config).initial(5).into_iter().enumerate();
-    let parameters = numbers.map(|(i, x)| x * (2.0 + (i % 7) as f32 * 0.3)).collect();
+    let parameters = numbers.map(|(i, x)| x * (1.0 + (i % 7) as f32 * 0.3)).collect();
     let model = Model { config, end_of_text: 0, parameters };
     checkpoint::save(&bench.path(folder), &model, tokenizer, None, &()).unwrap();
 }
@@ -135,6 +135,16 @@ fn we_open_what_transformers_saves() {
     export(&bench, start, "hf", "again");
     let [read, again] = [start, "again"].map(|name| checkpoint::read_model(&bench.path(name)).unwrap());
     assert_eq!((read.config, read.end_of_text, read.parameters), (again.config, again.end_of_text, again.parameters));
+    fs::remove_file(bench.path("again/tokenizer.json")).unwrap();
+    for command in [&["eval", "again", "music/test.jsonl"][..], &["finetune", "again", "music/train.jsonl", "--out", "none"]] {
+        let refused = bench.call(command);
+        assert!(
+            refused.code == 1 && refused.stderr.contains("tokenizer.json: the tokenizer cannot be read"),
+            "{}",
+            refused.stderr
+        );
+    }
+    assert!(!bench.path("none").exists());
     for (name, said) in [
         ("untied", "config.json: `tie_word_embeddings` is false, supported is true"),
         ("grouped", "config.json: `num_key_value_heads` is 2, supported is 4"),
