@@ -134,8 +134,16 @@ fn project(bench: &Bench) {
     }
     let plain = bench.call(&["project", "top/checkpoint", "--out", "x", "--expert", "0"]);
     assert!(plain.code == 2 && plain.stderr.contains("plain model"), "{}", plain.stderr);
-    let whole = bench.call(&["eval", &network, "music/test.jsonl"]);
-    assert!(whole.code == 2 && whole.stderr.contains("trommel project"), "{}", whole.stderr);
+    for command in [
+        vec!["eval", &network, "music/test.jsonl"],
+        vec!["finetune", &network, "music/train.jsonl", "--out", "x"],
+        vec!["generate", &network],
+        vec!["export", &network, "--format", "hf", "--out", "x"],
+    ] {
+        let refused = bench.call(&command);
+        assert!(refused.code == 2 && refused.stderr.contains("trommel project"), "{command:?}: {}", refused.stderr);
+        assert!(!bench.path("x").exists());
+    }
 }
 
 #[test]

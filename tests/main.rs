@@ -14,6 +14,8 @@ mod dsir;
 mod generated;
 /// Broken inputs: each has a clear error and leaves nothing half-written.
 mod hostile;
+/// Other programs open what we export, and we open what they save.
+mod interop;
 /// What `crates/README.md` promises of the crates.
 mod invariants;
 /// The tables of a run directory, as SQL sees them.

@@ -13,7 +13,7 @@ use trommel_kernels::panels::Precision;
 
 use crate::batch::Batch;
 use crate::checkpoint;
-use crate::documents::{read_tokenizer, scoring_rows, tokenize};
+use crate::documents::{check_tokens, read_tokenizer, scoring_rows, tokenize};
 use crate::engine::Engine;
 
 /// Positions that are scored at once.
@@ -57,10 +57,7 @@ pub fn evaluate(
     interrupt: &Interrupt,
 ) -> Result<Evaluation> {
     let Opened { mut engine, tokens, end_of_text } = open(checkpoint, documents, context, device)?;
-    if engine.config().projection.is_some() {
-        let error = Error::config("a projected network is many models; evaluate one that it projects to");
-        return Err(error.file(checkpoint.display()).hint("`trommel project` makes one"));
-    }
+    engine.config().check_plain().map_err(|e| e.file(checkpoint.display()))?;
     progress.begin("evaluate", Some(tokens.iter().map(|tokens| tokens.len() as u64).sum()), "tokens");
     let scores = scores(&mut engine, &tokens, end_of_text, context, progress, interrupt)?;
     progress.end();
@@ -98,10 +95,7 @@ fn open(checkpoint: &Path, documents: &[String], context: usize, device: &Device
         let message = format!("a context of {context} tokens is outside the model's 1 to {}", model.config.context);
         return Err(Error::config(message).file(checkpoint.display()));
     }
-    if let Some(token) = tokens.iter().flatten().find(|token| **token as usize >= model.config.vocab) {
-        let message = format!("the tokenizer makes token {token}, and the model has only {}", model.config.vocab);
-        return Err(Error::data(message).file(checkpoint.display()).hint("the tokenizer does not belong to this model"));
-    }
+    check_tokens(tokens.iter().flatten(), model.config.vocab).map_err(|e| e.file(checkpoint.display()))?;
     let engine = Engine::new(&model.config, model.parameters, device, Precision::F32)?;
     Ok(Opened { engine, tokens, end_of_text: model.end_of_text })
 }

@@ -14,6 +14,8 @@ pub mod documents;
 pub mod engine;
 /// How well a model predicts held-out documents.
 pub mod evaluate;
+/// A model in the formats that other programs open.
+pub mod export;
 /// Fine-tuning with early stop.
 pub mod finetune;
 /// Text from a model.
@@ -22,6 +24,12 @@ pub mod generate;
 pub mod loader;
 /// Training sequences drawn from the clusters of a corpus.
 pub mod mixture;
+/// A model as one file for llama.cpp.
+mod gguf;
+/// A tokenizer as the metadata of that file.
+mod gguf_tokenizer;
+/// `config.json` of a model, in the words of `transformers`.
+mod llama_config;
 /// One line per training step.
 pub mod log;
 /// The shape of the model, its presets, and what it costs.
@@ -40,3 +48,5 @@ pub mod recipe;
 mod training_data;
 /// The model on candle's tape.
 pub mod tape;
+/// The weights of a model as safetensors.
+mod weights;

@@ -85,6 +85,8 @@ impl Projection {
 
 /// The most experts, or MLPs in a basis.
 const MIXED_MAX: usize = 65_536;
+/// No model that fits a machine has more, and what is counted or laid out below stays far from overflow.
+const MOST_PARAMETERS: f64 = 1e12;
 
 /// The presets: name, width, layers, heads, mlp, activation, context.
 ///
@@ -155,6 +157,20 @@ impl Config {
         }
         if u32::try_from(self.vocab).is_err() {
             return Err(Error::config(format!("a vocabulary of {} tokens exceeds 32 bits", self.vocab)));
+        }
+        let [vocab, width, layers, _, mlp, _] = sizes.map(|size| size as f64);
+        let parameters = vocab * width + layers * width * (4.0 * width + 3.0 * mlp);
+        if parameters > MOST_PARAMETERS {
+            return Err(Error::config(format!("a model of {parameters:.0e} parameters is too large")));
+        }
+        Ok(())
+    }
+
+    /// A [`Error::config`] if this is a projected network, where one model is needed.
+    pub fn check_plain(&self) -> Result<()> {
+        if self.projection.is_some() {
+            let error = Error::config("a projected network is many models, and one is needed");
+            return Err(error.hint("`trommel project` makes one of it"));
         }
         Ok(())
     }
@@ -232,7 +248,10 @@ mod tests {
 
     #[test]
     fn sizes_that_do_not_fit_are_refused() {
-        let config = Config { heads: 5, ..preset("slm-1m", 100).unwrap() };
-        assert!(config.check().is_err());
+        for config in
+            [(5, 352), (0, 352), (4, usize::MAX)].map(|(heads, mlp)| Config { heads, mlp, ..preset("slm-1m", 100).unwrap() })
+        {
+            assert!(config.check().is_err(), "{config:?}");
+        }
     }
 }

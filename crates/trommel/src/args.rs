@@ -44,6 +44,8 @@ pub(crate) enum Command {
     Eval(EvalArguments),
     /// Continue a text.
     Generate(GenerateArguments),
+    /// Write a checkpoint as a folder for `transformers` or a file for llama.cpp.
+    Export(ExportArguments),
     /// Make a static embedding table from a sentence encoder.
     DistillEmbedder(DistillArguments),
     /// Print the JSON Schema of a file format, for editors.
@@ -157,7 +159,7 @@ pub(crate) struct DocumentsArgument {
 
 #[derive(Debug, Args)]
 pub(crate) struct FinetuneArguments {
-    /// The checkpoint to start from, such as `runs/NAME/checkpoint`.
+    /// The checkpoint to start from, such as `runs/NAME/checkpoint`, or a Llama model that `transformers` saved.
     pub(crate) checkpoint: PathBuf,
     #[command(flatten)]
     pub(crate) documents: DocumentsArgument,
@@ -216,7 +218,7 @@ pub(crate) struct ProjectArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct EvalArguments {
-    /// The checkpoint.
+    /// The checkpoint, or a Llama model that `transformers` saved.
     pub(crate) checkpoint: PathBuf,
     #[command(flatten)]
     pub(crate) documents: DocumentsArgument,
@@ -229,7 +231,7 @@ pub(crate) struct EvalArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct GenerateArguments {
-    /// The checkpoint.
+    /// The checkpoint, or a Llama model that `transformers` saved.
     pub(crate) checkpoint: PathBuf,
     /// The text to continue.
     #[arg(long, default_value = "")]
@@ -252,6 +254,30 @@ pub(crate) struct GenerateArguments {
 
 fn temperature(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|t: &f64| t.is_finite() && *t >= 0.0).ok_or_else(|| "a number of at least 0".into())
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExportArguments {
+    /// The checkpoint, or a Llama model that `transformers` saved.
+    pub(crate) checkpoint: PathBuf,
+    /// The format to write.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub(crate) format: ExportFormat,
+    /// The new folder (hf) or file (gguf); nothing that exists is overwritten.
+    #[arg(long, value_name = "DIR_OR_FILE")]
+    pub(crate) out: PathBuf,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The formats of other programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ExportFormat {
+    /// A folder that `transformers` opens, with the tokenizer.
+    Hf,
+    /// One file that llama.cpp opens, with the tokenizer; not for the GELU of `slm-126m`.
+    Gguf,
 }
 
 #[derive(Debug, Args)]

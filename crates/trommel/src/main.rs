@@ -14,7 +14,7 @@ mod project;
 mod sql;
 /// Figures as tables.
 mod table;
-/// `trommel train`, `finetune`, `eval`, `generate` and `distill-embedder`.
+/// `trommel train`, `finetune`, `eval`, `generate`, `export` and `distill-embedder`.
 mod training;
 
 use std::process::ExitCode;
@@ -62,6 +62,7 @@ fn dispatch(arguments: Arguments, interrupt: Interrupt) -> anyhow::Result<()> {
         Command::Project(project) => project::run(&project, &interrupt),
         Command::Eval(eval) => training::eval(&eval, &interrupt),
         Command::Generate(generate) => training::generate(&generate, &interrupt),
+        Command::Export(export) => training::export(&export),
         Command::DistillEmbedder(distill) => training::distill_embedder(&distill),
         Command::Schema(schema) => pipeline::schema(&schema),
     }

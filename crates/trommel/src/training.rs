@@ -1,4 +1,4 @@
-//! `trommel train`, `finetune`, `eval`, `generate` and `distill-embedder`.
+//! `trommel train`, `finetune`, `eval`, `generate`, `export` and `distill-embedder`.
 
 use std::io::Write;
 use std::path::Path;
@@ -10,6 +10,7 @@ use trommel_core::progress::Interrupt;
 use trommel_spec::plan::{self, Source};
 use trommel_spec::training::Training;
 use trommel_spec::validate;
+use trommel_trainer::export::Format;
 use trommel_trainer::finetune::{FinetunePlan, PATIENCE, Start};
 use trommel_trainer::generate::Sampling;
 use trommel_trainer::model::{Config, preset};
@@ -17,7 +18,10 @@ use trommel_trainer::pretrain::{Part, PretrainPlan};
 use trommel_trainer::recipe::Recipe;
 use trommel_trainer::{checkpoint, device};
 
-use crate::args::{DistillArguments, DocumentsArgument, EvalArguments, FinetuneArguments, GenerateArguments, TrainArguments};
+use crate::args::{
+    DistillArguments, DocumentsArgument, EvalArguments, ExportArguments, ExportFormat, FinetuneArguments, GenerateArguments,
+    TrainArguments,
+};
 use crate::compare::{recipe_of, split, usable_texts};
 use crate::pipeline::Mistakes;
 use crate::progress;
@@ -90,6 +94,16 @@ pub(crate) fn generate(arguments: &GenerateArguments, interrupt: &Interrupt) -> 
     let text = trommel_trainer::generate::generate(&arguments.checkpoint, &arguments.prompt, &sampling, &device, interrupt)?;
     writeln!(std::io::stdout(), "{}{text}", arguments.prompt)?;
     Ok(())
+}
+
+/// Writes a checkpoint in the format of another program.
+pub(crate) fn export(arguments: &ExportArguments) -> anyhow::Result<()> {
+    let format = match arguments.format {
+        ExportFormat::Hf => Format::Hf,
+        ExportFormat::Gguf => Format::Gguf,
+    };
+    let exported = trommel_trainer::export::export(&arguments.checkpoint, format, &arguments.out)?;
+    print(&exported, arguments.json)
 }
 
 /// Makes a static embedding table.
