@@ -100,9 +100,9 @@ fn transformers_gguf_and_llama_cpp_open_our_exports() {
         write_ours(&bench, &checkpoint, "swiglu", "LlamaForCausalLM"),
         write_ours(&bench, "gelu-checkpoint", "gelu", "ArceeForCausalLM"),
     ];
-    print!("{}", python("exported.py", &[&ours[0], &ours[1]]));
-    print!("{}", python("gguf_file.py", &[&bench.path("swiglu.gguf"), &bench.path("swiglu")]));
-    print!("{}", python("llama_cpp.py", &[&bench.path("swiglu.gguf"), &ours[0]]));
+    eprint!("{}", python("exported.py", &[&ours[0], &ours[1]]));
+    eprint!("{}", python("gguf_file.py", &[&bench.path("swiglu.gguf"), &bench.path("swiglu")]));
+    eprint!("{}", python("llama_cpp.py", &[&bench.path("swiglu.gguf"), &ours[0]]));
     for (checkpoint, out) in [(checkpoint.as_str(), "swiglu"), ("gelu-checkpoint", "gelu.gguf")] {
         let refused = bench.call(&["export", checkpoint, "--format", "gguf", "--out", out]);
         assert!(refused.code == 2 && refused.stderr.contains("hint: "), "{}", refused.stderr);
