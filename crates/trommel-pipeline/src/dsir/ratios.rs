@@ -158,6 +158,7 @@ impl Accumulator for Counts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::register_batches;
 
     #[test]
     fn ratios_are_logs_of_smoothed_probabilities_by_bucket() {
@@ -179,9 +180,11 @@ mod tests {
                 let text = format!("SELECT arrow_cast(text, 'Utf8View') AS text FROM (VALUES {rows}) AS t (text)");
                 session.register_table(table, session.sql(&text).await.unwrap().into_view()).unwrap();
             }
-            let counts = [count("corpus"), count("corpus"), count("law")].map(|sql| format!("SELECT * FROM ({sql})"));
-            let counts = session.sql(&counts.join(" UNION ALL ")).await.unwrap();
-            session.register_table("counts", counts.into_view()).unwrap();
+            let mut counts = Vec::new();
+            for sql in [count("corpus"), count("corpus"), count("law")] {
+                counts.extend(session.sql(&sql).await.unwrap().collect().await.unwrap());
+            }
+            register_batches(&session, "counts", counts, &counts_schema()).unwrap();
             let sql = format!(
                 "SELECT p_domain, p_corpus FROM ({}) WHERE p_domain > 0 OR p_corpus > 0 ORDER BY p_corpus DESC",
                 include_str!("../sql/dsir_ratios.sql")
