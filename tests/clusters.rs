@@ -20,7 +20,10 @@ fn one_folder_holds_the_whole_corpus_by_cluster() {
     let bench = Bench::new();
     let report = run(&bench, &[]);
     let number = |sql: &str| bench.query(sql)[0]["n"].as_u64().unwrap();
-    assert_eq!(number("SELECT sum(rows) AS n FROM shards"), number("SELECT count(*) AS n FROM assignments WHERE source = 'corpus'"));
+    assert_eq!(
+        number("SELECT sum(rows) AS n FROM shards"),
+        number("SELECT count(*) AS n FROM assignments WHERE source = 'corpus'")
+    );
     assert_eq!(number("SELECT count(DISTINCT domain) AS n FROM shards"), 1);
     // Each file holds one cluster, and the manifest says which.
     let folder = bench.path("runs/small/shards/corpus");

@@ -62,14 +62,7 @@ pub fn squared_norm(coefficients: &[&[f32]], gram: &[f64]) -> f64 {
 }
 
 /// One step of `AdamW` on the basis (h, size) and its moments, with the gradient `sum_e coefficients[e][r] * gradients[e]`.
-pub fn step(
-    basis: &mut [f32],
-    m: &mut [f32],
-    v: &mut [f32],
-    coefficients: &[&[f32]],
-    gradients: &[&[f32]],
-    factors: Factors,
-) {
+pub fn step(basis: &mut [f32], m: &mut [f32], v: &mut [f32], coefficients: &[&[f32]], gradients: &[&[f32]], factors: Factors) {
     let Some(size) = gradients.first().map(|g| g.len()) else { return };
     assert!(basis.len() == m.len() && basis.len() == v.len() && basis.len().is_multiple_of(size));
     let rows = basis.par_chunks_mut(size).zip(m.par_chunks_mut(size)).zip(v.par_chunks_mut(size)).enumerate();

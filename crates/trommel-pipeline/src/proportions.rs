@@ -60,7 +60,8 @@ impl Proportions {
     }
 
     fn of(tree: &[Row], bins: Vec<Row>, weights: Vec<Row>) -> Result<Proportions> {
-        let parents: BTreeMap<u32, (u32, u32)> = tree.iter().map(|(_, id, p, level)| (*id, (*p as u32, *level as u32))).collect();
+        let parents: BTreeMap<u32, (u32, u32)> =
+            tree.iter().map(|(_, id, p, level)| (*id, (*p as u32, *level as u32))).collect();
         let levels = parents.values().map(|(_, level)| *level).max().unwrap_or(1);
         let mut nodes = vec![Vec::new(); levels as usize];
         let mut ancestors = BTreeMap::new();
@@ -118,9 +119,7 @@ impl Proportions {
     fn bins(&self, domain: &str) -> Result<&BTreeMap<u32, (f64, f64)>> {
         let known = self.bins.keys().cloned().collect::<Vec<_>>().join("`, `");
         let found = self.bins.get(domain).filter(|bins| !bins.is_empty());
-        found.ok_or_else(|| {
-            Error::config(format!("the run has no domain `{domain}`")).hint(format!("it has `{known}`"))
-        })
+        found.ok_or_else(|| Error::config(format!("the run has no domain `{domain}`")).hint(format!("it has `{known}`")))
     }
 
     /// The place of a leaf's node among those of a level.
@@ -155,9 +154,8 @@ impl Proportions {
             let node = self.node_of(leaf, level)?;
             Ok(if of_corpus[node] > 0.0 { of_domain[node] / of_corpus[node] } else { 0.0 })
         };
-        let share = |(leaf, (_, bytes)): (&u32, &(f64, f64))| {
-            Ok(LeafShare { cluster_id: *leaf, share: weight(*leaf)? * bytes })
-        };
+        let share =
+            |(leaf, (_, bytes)): (&u32, &(f64, f64))| Ok(LeafShare { cluster_id: *leaf, share: weight(*leaf)? * bytes });
         corpus.iter().map(share).collect()
     }
 }

@@ -224,7 +224,9 @@ mod tests {
     #[test]
     fn presets_have_the_sizes_that_their_names_say() {
         let sizes = [("slm-1m", 4096, 1.1), ("slm-3m", 4096, 2.6), ("slm-5m", 8192, 5.3), ("slm-9m", 8192, 8.7)];
-        for (name, vocab, millions) in sizes.into_iter().chain([("slm-600k", 4096, 0.6)]).chain([("slm-30m", 8192, 29.9), ("slm-126m", 32_000, 120.9)]) {
+        for (name, vocab, millions) in
+            sizes.into_iter().chain([("slm-600k", 4096, 0.6)]).chain([("slm-30m", 8192, 29.9), ("slm-126m", 32_000, 120.9)])
+        {
             let config = preset(name, vocab).unwrap();
             config.check().unwrap();
             let rounded = (config.parameters() as f64 / 1e5).round() / 10.0;

@@ -124,8 +124,9 @@ pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, i
     };
     let save = |engine: &Engine, state: &State| {
         let model = Model { config: plan.model.clone(), end_of_text, parameters: engine.parameters()? };
-        let unfinished =
-            (!state.finished || plan.part == Part::Trunk).then(|| engine.moments().map(|moments| Unfinished { moments, best: None })).transpose()?;
+        let unfinished = (!state.finished || plan.part == Part::Trunk)
+            .then(|| engine.moments().map(|moments| Unfinished { moments, best: None }))
+            .transpose()?;
         checkpoint::save(&folder, &model, &tokenizer, unfinished.as_ref(), state)
     };
     let mut log = Log::open(&plan.out, state.step)?;
@@ -238,7 +239,8 @@ impl PretrainPlan {
         }
         let experts = self.model.projection.map_or(1, |p| p.experts);
         if let Some(share) = self.mixture.iter().flatten().find(|share| share.share > 0.0 && share.expert >= experts) {
-            let message = format!("cluster {} belongs to expert {}, and the model has {experts}", share.cluster_id, share.expert);
+            let message =
+                format!("cluster {} belongs to expert {}, and the model has {experts}", share.cluster_id, share.expert);
             return Err(Error::config(message).hint("give the model one expert for each cluster of the level it is trained on"));
         }
         if self.model.projection.is_some() && self.mixture.is_none() {

@@ -32,10 +32,10 @@ use crate::parameters::{Layout, Slot, mlp_range};
 pub(crate) struct Projected {
     tensors: Tensors,
     native: Native,
-    pub(crate) parameters: Vec<f32>,    // of the network
-    pub(crate) moments: [Vec<f32>; 2],  // as long, or empty until they are needed
-    model: Vec<f32>,                    // of the plain model of `expert`
-    gradient: Vec<f32>,                 // of the plain model; its MLPs are those of `expert`
+    pub(crate) parameters: Vec<f32>,   // of the network
+    pub(crate) moments: [Vec<f32>; 2], // as long, or empty until they are needed
+    model: Vec<f32>,                   // of the plain model of `expert`
+    gradient: Vec<f32>,                // of the plain model; its MLPs are those of `expert`
     expert: Option<usize>,
     mlp_gradients: Vec<(usize, Vec<f32>)>, // of each expert that the step has seen: (layers, numbers of an MLP)
     mixed: Option<MixedGradients>,
@@ -140,8 +140,7 @@ pub fn project(config: &Config, parameters: &[f32], shares: &[f64]) -> Result<Ve
 /// Writes the plain model that `shares` (k) of the network in `checkpoint` project to, as a checkpoint in `folder`.
 pub fn write(checkpoint: &Path, shares: &[f64], folder: &Path) -> Result<()> {
     let network = checkpoint::read_model(checkpoint)?;
-    let parameters =
-        project(&network.config, &network.parameters, shares).map_err(|e| e.file(checkpoint.display()))?;
+    let parameters = project(&network.config, &network.parameters, shares).map_err(|e| e.file(checkpoint.display()))?;
     let model = Model { config: network.config.plain(), end_of_text: network.end_of_text, parameters };
     let state = serde_json::json!({ "projected_from": checkpoint, "shares": shares });
     checkpoint::save(folder, &model, &checkpoint::tokenizer(checkpoint), None, &state)
@@ -302,8 +301,7 @@ impl Projected {
             } else if slot.is_basis() {
                 let Some((l, alphas)) = layers.next() else { continue };
                 let len = self.tensors.layers[l].mlp.len();
-                let gradients: Vec<&[f32]> =
-                    self.mlp_gradients.iter().map(|(_, all)| &all[l * len..(l + 1) * len]).collect();
+                let gradients: Vec<&[f32]> = self.mlp_gradients.iter().map(|(_, all)| &all[l * len..(l + 1) * len]).collect();
                 let alphas: Vec<&[f32]> = alphas.iter().map(Vec::as_slice).collect();
                 kernel::step(parameters, m, v, &alphas, &gradients, factors);
             } else if !self.tensors.projection.frozen

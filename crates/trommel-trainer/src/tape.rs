@@ -120,7 +120,11 @@ impl Tape {
                 None => {
                     let layer = slot.name.split_once(".mlp.").map_or("", |(layer, _)| layer);
                     let tensor = |name: &str| find(name).map(|i| self.parameters[i].as_tensor());
-                    let own = (tensor(&format!("{layer}.mlp.basis")), tensor(&format!("{layer}.mlp.mixing")), tensor("model.experts"));
+                    let own = (
+                        tensor(&format!("{layer}.mlp.basis")),
+                        tensor(&format!("{layer}.mlp.mixing")),
+                        tensor("model.experts"),
+                    );
                     let (Some(basis), Some(mixing), Some(experts)) = own else {
                         candle_core::bail!("the network has no tensor `{}`", slot.name)
                     };

@@ -298,7 +298,8 @@ impl Comparison<'_> {
             let seeds = if train.seeds(Method::SlmNopt) > 1 { format!("-seed-{seed}") } else { String::new() };
             let name = format!("{}{seeds}", Method::SlmNopt.name());
             // As many tokens as the others are pretrained on, unless it stops early.
-            let recipe = |model: &Config| recipe_of(train.schedule, train.precision, Recipe::pretraining(model, train.tokens.0));
+            let recipe =
+                |model: &Config| recipe_of(train.schedule, train.precision, Recipe::pretraining(model, train.tokens.0));
             let (out, report) = self.tune(train, domain, start, &name, (train.tokens.0, &recipe), seed, cached)?;
             tuned.push(Candidate {
                 method: Method::SlmNopt,
@@ -352,7 +353,12 @@ impl Comparison<'_> {
             tokens,
             seed,
             patience: PATIENCE,
-            out: folder(self.plan, "finetune", &name, &[&self.outputs.shards_key.0.to_le_bytes(), &json(&settings), &seed.to_le_bytes(), &domain.key()]),
+            out: folder(
+                self.plan,
+                "finetune",
+                &name,
+                &[&self.outputs.shards_key.0.to_le_bytes(), &json(&settings), &seed.to_le_bytes(), &domain.key()],
+            ),
         };
         self.progress.line(&format!("fine-tuning {name}"));
         let report = finetune(&plan, self.device, self.progress, self.interrupt)?;

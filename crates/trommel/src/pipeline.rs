@@ -38,7 +38,8 @@ pub(crate) fn load(file: &Path, overlays: &[String], run_dir: Option<&Path>) -> 
     let plan = plan::load(file, overlays, run_dir).map_err(Mistakes)?;
     // The presets are the trainer's, so this one check is not the spec's.
     let names = plan.spec.train.iter().flat_map(|train| [Some(&train.model), train.llm.as_ref()]).flatten();
-    let mistakes: Vec<Error> = names.filter_map(|name| model::preset(name, 8192).err()).map(|e| e.file(file.display())).collect();
+    let mistakes: Vec<Error> =
+        names.filter_map(|name| model::preset(name, 8192).err()).map(|e| e.file(file.display())).collect();
     if !mistakes.is_empty() {
         return Err(Mistakes(mistakes));
     }
@@ -85,11 +86,7 @@ pub(crate) fn run(arguments: &RunArguments, threads: usize, interrupt: Interrupt
     }
     writeln!(out, "{}", stage_table(&report.stages))?;
     if !report.results.is_empty() {
-        writeln!(
-            out,
-            "\nHeld-out perplexity, with its standard error over documents:\n{}",
-            result_table(&report.results)
-        )?;
+        writeln!(out, "\nHeld-out perplexity, with its standard error over documents:\n{}", result_table(&report.results))?;
     }
     if report.stages.iter().all(|s| s.cached) {
         writeln!(out, "Everything was done already.")?;

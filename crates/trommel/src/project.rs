@@ -65,7 +65,9 @@ fn shares(arguments: &ProjectArguments, experts: usize, context: usize, interrup
     }
     if arguments.choice == ChoiceArgument::LowestLoss {
         let Some(documents) = &arguments.documents else {
-            return Err(Error::config("`lowest-loss` needs documents to try the experts on").hint("name them with `--documents`"));
+            return Err(
+                Error::config("`lowest-loss` needs documents to try the experts on").hint("name them with `--documents`")
+            );
         };
         let from = DocumentsArgument { documents: documents.clone(), text: arguments.text.clone() };
         let texts = usable_texts(&source(&from)?, &*progress::for_stderr())?;

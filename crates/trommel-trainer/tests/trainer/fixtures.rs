@@ -20,7 +20,18 @@ pub(crate) const CONTEXT: usize = 16;
 
 /// A model of 8,000 parameters.
 pub(crate) fn tiny(activation: Activation) -> Config {
-    Config { vocab: VOCAB, width: 24, layers: 2, heads: 2, mlp: 40, activation, context: 32, rope_theta: 1e4, norm_eps: 1e-5, projection: None }
+    Config {
+        vocab: VOCAB,
+        width: 24,
+        layers: 2,
+        heads: 2,
+        mlp: 40,
+        activation,
+        context: 32,
+        rope_theta: 1e4,
+        norm_eps: 1e-5,
+        projection: None,
+    }
 }
 
 /// A document of the toy language: each word follows from the one before and the document's stride.
