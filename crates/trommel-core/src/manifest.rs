@@ -21,6 +21,9 @@ pub struct Shard {
     pub bytes: u64,
     /// XXH3-64 of the file.
     pub checksum: String,
+    /// The cluster of all its windows, in a folder that was written by cluster.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster_id: Option<u32>,
 }
 
 /// A folder of shards, in reading order, beside the `tokenizer.json` that made their tokens.

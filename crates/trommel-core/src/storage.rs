@@ -62,6 +62,37 @@ pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
     write_atomic(path, |file| file.write_all(bytes).map_err(|e| write_error(path, e)))
 }
 
+/// Fills a new folder through `write`; it appears under `path` when it is whole, and a failure leaves nothing there.
+pub fn write_new_folder(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    refuse_existing(path)?;
+    let parent = folder_of(path);
+    create_folder(parent)?;
+    let failed = |e| write_error(path, e);
+    let temporary = tempfile::Builder::new().prefix(TEMPORARY_PREFIX).tempdir_in(parent).map_err(failed)?;
+    write(temporary.path())?;
+    // Temporary folders are private to their owner; outputs follow the usual permissions.
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(temporary.path(), fs::Permissions::from_mode(0o755)).map_err(failed)?;
+    }
+    fs::rename(temporary.path(), path).map_err(failed)?;
+    // There is nothing under the temporary name to remove any more.
+    let _ = temporary.keep();
+    File::open(parent).and_then(|parent| parent.sync_all()).map_err(failed)
+}
+
+/// A [`Error::config`] if there is anything at `path`, for outputs that replace nothing.
+pub fn refuse_existing(path: &Path) -> Result<()> {
+    match path.symlink_metadata() {
+        Err(_) => Ok(()),
+        Ok(_) => {
+            let error = Error::config("there is something already, and it is not overwritten").file(path.display());
+            Err(error.hint("remove it, or name another place"))
+        }
+    }
+}
+
 /// Creates a folder and its parents.
 pub fn create_folder(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).map_err(|e| write_error(folder, e))
@@ -110,5 +141,20 @@ mod tests {
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 0);
         write_bytes(&path, b"whole").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"whole");
+    }
+
+    #[test]
+    fn a_new_folder_is_whole_or_absent_and_replaces_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("deep/new");
+        let stopped = write_new_folder(&path, |new| write_bytes(&new.join("a"), b"a").and(Err(Error::data("stopped"))));
+        assert_eq!(stopped.unwrap_err().message(), "stopped");
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 0);
+        write_new_folder(&path, |new| write_bytes(&new.join("a"), b"a")).unwrap();
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+        for existing in [&path, &path.join("a")] {
+            let refused = write_new_folder(existing, |_| Ok(())).unwrap_err();
+            assert_eq!((refused.exit_code(), fs::read(path.join("a")).unwrap().as_slice()), (2, b"a".as_slice()));
+        }
     }
 }

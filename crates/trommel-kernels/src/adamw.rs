@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use crate::vectorize::vectorized;
 
 /// Numbers that one task handles; fixed, so that sums do not depend on the number of threads.
-const CHUNK: usize = 1 << 15;
+pub(crate) const CHUNK: usize = 1 << 15;
 
 /// The factors of one step; letters as in the paper.
 #[derive(Debug, Clone, Copy)]
@@ -37,7 +37,7 @@ pub fn step(parameters: &mut [f32], gradient: &[f32], m: &mut [f32], v: &mut [f3
 }
 
 vectorized! {
-    fn step_chunk(parameters: &mut [f32], gradient: &[f32], m: &mut [f32], v: &mut [f32], factors: Factors) {
+    pub(crate) fn step_chunk(parameters: &mut [f32], gradient: &[f32], m: &mut [f32], v: &mut [f32], factors: Factors) {
         let f = factors;
         let (rate, root) = (f.learning_rate / f.correction1, 1.0 / f.correction2);
         let keep = 1.0 - f.learning_rate * f.decay;

@@ -20,6 +20,8 @@ pub mod matmul;
 pub mod norm;
 /// Products with a right operand that was rearranged once.
 pub mod panels;
+/// Weights that are mixed from a basis.
+pub mod projection;
 /// Rotary positions.
 pub mod rotary;
 /// One body, several instruction sets.

@@ -57,8 +57,16 @@ pub fn write(plan: &Plan, outputs: &Outputs) -> Result<()> {
     add("weigh", &outputs.weights);
     add("rates", &outputs.rates);
     add("diagnostics", &outputs.diagnostics);
-    catalog.shards =
-        outputs.shards.iter().map(|(_, folder)| relative(folder)).filter(|f| plan.run_dir.join(f).exists()).collect();
+    if let Some(dsir) = &outputs.dsir {
+        for unit in &dsir.units {
+            unit.scores.iter().for_each(|scores| add("dsir_scores", scores));
+            unit.unit.draws.iter().for_each(|draws| add("dsir_draws", draws));
+        }
+        add("dsir_ratios", &dsir.ratios);
+        add("dsir_selection", &dsir.selection);
+    }
+    let shards = outputs.shards.iter().chain(outputs.dsir.iter().flat_map(|dsir| &dsir.outputs.shards));
+    catalog.shards = shards.map(|(_, folder)| relative(folder)).filter(|f| plan.run_dir.join(f).exists()).collect();
     let named = |path: &PathBuf| (path.display().to_string(), std::path::absolute(path).unwrap_or_else(|_| path.clone()));
     let mut origin = |source: &trommel_spec::plan::Source, split: Option<&str>| {
         catalog.documents.push(Origin {

@@ -18,10 +18,11 @@ use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::logical_expr::{ColumnarValue, ScalarUDF, Volatility, create_udf};
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::streaming::PartitionStream;
+use datafusion::prelude::SessionContext;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use trommel_core::error::{Error, Result};
-use trommel_core::progress::Progress;
+use trommel_core::progress::{Progress, Silent};
 use trommel_core::schema::{embedding_type, embeddings, rejects, windows};
 use trommel_core::seed::Stream;
 use trommel_embed::Embedder;
@@ -131,11 +132,7 @@ fn write_rejects(unit: &Unit, mut rejected: Vec<Reject>) -> Result<()> {
 }
 
 /// Registers a unit's documents as the table `source`; the list fills with rejected rows as the table is read.
-pub fn register_source(
-    session: &datafusion::prelude::SessionContext,
-    unit: &Unit,
-    progress: Arc<dyn Progress>,
-) -> Result<Arc<Mutex<Vec<Reject>>>> {
+pub fn register_source(session: &SessionContext, unit: &Unit, progress: Arc<dyn Progress>) -> Result<Arc<Mutex<Vec<Reject>>>> {
     let rejected = Arc::new(Mutex::new(Vec::new()));
     let documents = Documents {
         file: unit.file.clone(),
@@ -147,6 +144,16 @@ pub fn register_source(
     let table = StreamingTable::try_new(documents_schema(), vec![Arc::new(documents)]).map_err(query_error)?;
     session.register_table("source", Arc::new(table)).map_err(query_error)?;
     Ok(rejected)
+}
+
+/// Registers a unit's windows, with their text, as the table `texts`.
+pub fn register_texts(engine: &Engine, session: &SessionContext, unit: &Unit, window_bytes: u32) -> Result<()> {
+    session.register_udf(windows_function(window_bytes));
+    session.register_udf(content_key_function());
+    register_source(session, unit, Arc::new(Silent))?;
+    let texts = engine.query(session, include_str!("sql/windows.sql"))?;
+    session.register_table("texts", texts.into_view()).map_err(query_error)?;
+    Ok(())
 }
 
 /// The documents of one file, as DataFusion reads them.

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use arrow::array::RecordBatch;
 use arrow::compute::cast;
 use arrow::datatypes::SchemaRef;
+use datafusion::datasource::MemTable;
 use datafusion::error::DataFusionError;
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
@@ -154,6 +155,14 @@ impl Engine {
     }
 }
 
+/// Registers batches that are in memory as a table, which has the columns of `empty` if there are none.
+pub fn register_batches(session: &SessionContext, table: &str, batches: Vec<RecordBatch>, empty: &SchemaRef) -> Result<()> {
+    let schema = batches.first().map_or_else(|| Arc::clone(empty), RecordBatch::schema);
+    let memory = MemTable::try_new(schema, vec![batches]).map_err(query_error)?;
+    session.register_table(table, Arc::new(memory)).map_err(query_error)?;
+    Ok(())
+}
+
 /// Writes batches to a Parquet file that is whole or absent. Columns are matched by name and cast to `schema`.
 pub fn write_parquet(path: &Path, schema: &SchemaRef, batches: impl Iterator<Item = Result<RecordBatch>>) -> Result<Written> {
     let mut sink = ParquetSink::create(path, schema)?;
@@ -199,6 +208,11 @@ impl ParquetSink {
         self.writer.write(&batch).map_err(|e| parquet_error(&self.path, e))?;
         self.rows += batch.num_rows() as u64;
         Ok(())
+    }
+
+    /// The name that the file will have.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Stores a text under a name in the file's footer.

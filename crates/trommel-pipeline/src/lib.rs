@@ -25,11 +25,15 @@ pub mod weigh;
 pub mod tokenizer;
 /// Windows are drawn.
 pub mod resample;
+/// Windows are selected by another method, for comparison.
+pub mod dsir;
 /// Draws become training shards.
 pub mod shard;
 /// The tables `corpus` and `domains`.
 pub mod documents;
 /// Every table of a run directory, for SQL.
 pub mod catalog;
+/// In which proportions a training draws clusters.
+pub mod proportions;
 /// The whole run.
 pub mod run;

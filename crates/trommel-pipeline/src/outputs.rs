@@ -8,6 +8,8 @@
 //!   source file -> windows, embed, sample --+-> cluster -> assign -> histogram -> weigh -> resample -> shard
 //!                                           +-> tokenizer -----------------------------------^
 //! ```
+//!
+//! [`Dsir`] has the names of what only the method `dsir` makes.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -18,7 +20,7 @@ use serde::Serialize;
 use trommel_core::error::{Error, Result};
 use trommel_core::key::Key;
 use trommel_core::schema::CORPUS;
-use trommel_spec::pipeline::Method;
+use trommel_spec::pipeline::{Method, ShardBy};
 use trommel_spec::plan::{Plan, Source};
 
 use crate::source::SourceFile;
@@ -34,6 +36,8 @@ mod version {
     pub(super) const TOKENIZER: &str = "tokenizer 1";
     pub(super) const RESAMPLE: &str = "resample 1";
     pub(super) const SHARD: &str = "shard 1";
+    pub(super) const SHARD_BY_CLUSTER: &str = "shard by cluster 1";
+    pub(super) const DSIR: &str = "dsir 1";
 }
 
 /// The work and the outputs of one input file.
@@ -78,10 +82,37 @@ pub struct Outputs {
     pub rates: PathBuf,
     /// What the weights do to each domain.
     pub diagnostics: PathBuf,
-    /// One folder of shards per domain, and one for the corpus if the unweighted model is wanted.
+    /// One folder of shards per domain, and one for the corpus if the unweighted model is wanted; only that for the corpus if
+    /// they are written by cluster.
     pub shards: Vec<(String, PathBuf)>,
     /// The key of everything that the shards depend on; what is trained on them is named with it.
     pub shards_key: Key,
+    /// What the method `dsir` makes, if it is wanted.
+    pub dsir: Option<Box<Dsir>>,
+}
+
+/// The name of every output that only the method `dsir` makes.
+#[derive(Debug, Clone)]
+pub struct Dsir {
+    /// The units of [`Outputs::units`].
+    pub units: Vec<DsirUnit>,
+    /// Domain x bucket probabilities.
+    pub ratios: PathBuf,
+    /// The lowest key that is selected for each domain.
+    pub selection: PathBuf,
+    /// The run as the stage `shard` is to see it: draws, shards and their key are DSIR's, and all else is the same.
+    pub outputs: Outputs,
+}
+
+/// The outputs of one input file.
+#[derive(Debug, Clone)]
+pub struct DsirUnit {
+    /// The unit, with DSIR's draws.
+    pub unit: Unit,
+    /// How many n-grams fall into each bucket.
+    pub counts: PathBuf,
+    /// Weight and key of each window for each domain; only for the corpus.
+    pub scores: Option<PathBuf>,
 }
 
 /// An input file and the keys of what is made of it alone.
@@ -119,10 +150,21 @@ impl Outputs {
             }
             None => Key::of([version::TOKENIZER.as_bytes(), &keys(true), &spec.shard.tokenizer.vocab().to_le_bytes(), &seed]),
         };
-        let streams = streams(plan);
+        let (streams, drawn) = (streams(plan), drawn(plan));
         let resample_settings = json(&(&spec.resample, &streams, spec.seed, tokenizer.to_string()))?;
         let resample = after(version::RESAMPLE, weigh, &resample_settings);
-        let shards_key = after(version::SHARD, resample, &json(&spec.shard.shard_tokens)?);
+        // Shards by cluster hold the corpus whatever the domains are, so a new domain finds them done.
+        let draws = match spec.shard.by {
+            ShardBy::Domain => resample,
+            ShardBy::Cluster => Key::of([b"by cluster", &seed[..]]),
+        };
+        let shards_key = match spec.shard.by {
+            ShardBy::Domain => after(version::SHARD, resample, &json(&spec.shard.shard_tokens)?),
+            ShardBy::Cluster => {
+                let settings = json(&(spec.shard.shard_tokens, tokenizer.to_string(), spec.seed))?;
+                after(version::SHARD_BY_CLUSTER, cluster, &settings)
+            }
+        };
 
         let path = |stage: &str, name: &str, key: Key| plan.run_dir.join(stage).join(format!("{name}-{}.parquet", key.short()));
         let units = inputs.iter().map(|input| {
@@ -138,10 +180,10 @@ impl Outputs {
                 sample: is_corpus.then(|| path("embed", "sample", after("sample", input.embed, &seed))),
                 embeddings: path("embed", name, input.embed),
                 assignments: path("assign", name, assign),
-                draws: is_corpus.then(|| path("resample", "draws", after("draws", assign, &resample.0.to_le_bytes()))),
+                draws: is_corpus.then(|| path("resample", "draws", after("draws", assign, &draws.0.to_le_bytes()))),
             }
         });
-        Ok(Outputs {
+        let mut outputs = Outputs {
             units: units.collect(),
             clusters: path("cluster", "clusters", cluster),
             cluster_statistics: path("histogram", "clusters", histogram),
@@ -150,9 +192,29 @@ impl Outputs {
             tokenizer: plan.run_dir.join("tokenizer").join(format!("{}.json", tokenizer.short())),
             rates: path("resample", "rates", resample),
             diagnostics: path("resample", "diagnostics", resample),
-            shards: streams.iter().map(|s| (s.clone(), plan.run_dir.join("shards").join(s))).collect(),
+            shards: drawn.iter().map(|s| (s.clone(), plan.run_dir.join("shards").join(s))).collect(),
             shards_key,
-        })
+            dsir: None,
+        };
+        if plan.spec.train.as_ref().is_some_and(|t| t.methods.contains(&Method::Dsir)) {
+            outputs.dsir = Some(Box::new(dsir(plan, &outputs, &inputs, cluster, tokenizer)?));
+        }
+        Ok(outputs)
+    }
+
+    /// The shards that a method pretrains on: a domain's, or the corpus's.
+    pub fn shards_of(&self, method: Method, domain: &str) -> Option<&Path> {
+        let shards = self.of_method(method).shards.iter().find(|(name, _)| name == domain);
+        shards.map(|(_, folder)| folder.as_path())
+    }
+
+    /// The key of everything that the shards of a method depend on.
+    pub fn shards_key_of(&self, method: Method) -> Key {
+        self.of_method(method).shards_key
+    }
+
+    fn of_method(&self, method: Method) -> &Outputs {
+        self.dsir.as_ref().filter(|_| method == Method::Dsir).map_or(self, |dsir| &dsir.outputs)
     }
 
     /// The units of the corpus.
@@ -161,9 +223,56 @@ impl Outputs {
     }
 }
 
-/// The sets that shards are made for: the domains, and `corpus` if a model is to be trained on the unweighted corpus.
+/// Names the outputs of DSIR, which depend on no embedding or weight, but carry the cluster of each window.
+fn dsir(plan: &Plan, outputs: &Outputs, inputs: &[Input], cluster: Key, tokenizer: Key) -> Result<Dsir> {
+    let spec = &plan.spec;
+    let key = |step: &str, before: &[Key], settings: &[u8]| {
+        let before: Vec<u8> = before.iter().flat_map(|k| k.0.to_le_bytes()).collect();
+        Key::of([version::DSIR.as_bytes(), step.as_bytes(), &before, settings])
+    };
+    let path =
+        |stage: &str, name: &str, key: Key| plan.run_dir.join(stage).join(format!("dsir-{name}-{}.parquet", key.short()));
+    let mut windows: Vec<Key> = inputs.iter().map(|i| i.windows).collect();
+    windows.sort();
+    let ratios = key("ratios", &windows, &[]);
+    let selection = key("selection", &[ratios, tokenizer], &json(&(&spec.resample, spec.seed))?);
+    let shards_key = key("shards", &[selection, cluster], &json(&spec.shard.shard_tokens)?);
+    let unit = |(unit, input): (&Unit, &Input)| {
+        let scores = key("scores", &[input.windows, ratios], &spec.seed.to_le_bytes());
+        let draws = key("draws", &[input.windows, selection, cluster], &[]);
+        let is_corpus = unit.source == CORPUS;
+        DsirUnit {
+            unit: Unit { draws: is_corpus.then(|| path("resample", "draws", draws)), ..unit.clone() },
+            counts: path("weigh", &format!("counts-{}", unit.source), key("counts", &[input.windows], &[])),
+            scores: is_corpus.then(|| path("resample", "scores", scores)),
+        }
+    };
+    let units: Vec<DsirUnit> = outputs.units.iter().zip(inputs).map(unit).collect();
+    // No domain has a name with a point in it.
+    let folder = |domain: &String| (domain.clone(), plan.run_dir.join("shards").join(format!("{domain}.dsir")));
+    let outputs = Outputs {
+        units: units.iter().map(|u| u.unit.clone()).collect(),
+        shards: spec.domains.keys().map(folder).collect(),
+        shards_key,
+        ..outputs.clone()
+    };
+    let (ratios, selection) = (path("weigh", "ratios", ratios), path("resample", "selection", selection));
+    Ok(Dsir { units, ratios, selection, outputs })
+}
+
+/// The sets that windows are drawn for: all of [`streams`], or the corpus only if shards are written by cluster.
+pub fn drawn(plan: &Plan) -> Vec<String> {
+    match plan.spec.shard.by {
+        ShardBy::Domain => streams(plan),
+        ShardBy::Cluster => vec![CORPUS.to_owned()],
+    }
+}
+
+/// The sets that rates are planned for: the domains, and `corpus` if a model is to be trained on the unweighted corpus or its
+/// clusters.
 pub fn streams(plan: &Plan) -> Vec<String> {
-    let generic = plan.spec.train.as_ref().is_some_and(|t| t.methods.contains(&Method::Slm));
+    let by_cluster = plan.spec.shard.by == ShardBy::Cluster;
+    let generic = by_cluster || plan.spec.train.as_ref().is_some_and(|t| t.methods.contains(&Method::Slm));
     plan.spec.domains.keys().cloned().chain(generic.then(|| CORPUS.to_owned())).collect()
 }
 

@@ -14,21 +14,18 @@ use arrow::array::{
 };
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Fields, Float64Type, Schema, SchemaRef, UInt32Type};
-use datafusion::datasource::MemTable;
 use datafusion::logical_expr::{ColumnarValue, ScalarUDF, Volatility, create_udf};
-use datafusion::prelude::SessionContext;
 use trommel_core::error::{Error, Result};
-use trommel_core::progress::Silent;
 use trommel_core::schema::CORPUS;
 use trommel_core::seed::{Stream, unit};
+use trommel_spec::pipeline::ShardBy;
 use trommel_spec::plan::Plan;
 
-use crate::embed::{read_sample, register_source, window_key};
-use crate::engine::{Engine, ParquetSink, footer, query_error};
+use crate::embed::{read_sample, register_texts, window_key};
+use crate::engine::{Engine, ParquetSink, footer, register_batches};
 use crate::histogram::{self, Bin};
-use crate::outputs::{Outputs, Unit, streams};
+use crate::outputs::{Outputs, Unit, drawn, streams};
 use crate::tokenizer::Encoder;
-use crate::window::{content_key_function, windows_function};
 use crate::{cluster, weigh};
 
 /// Epochs over a cluster beyond which a plan is taken for a mistake.
@@ -39,7 +36,8 @@ const EPOCHS_MAX: f64 = 1000.0;
 pub struct Rate {
     /// The cluster.
     pub cluster_id: u32,
-    /// Copies per window that are drawn, a margin over the budget included.
+    /// Copies per window that are drawn, a margin over the budget included; 0 for a domain, and 1 for the corpus, if shards are
+    /// written by cluster.
     pub rate: f64,
     /// Copies per window at the budget.
     pub epochs: f64,
@@ -127,7 +125,7 @@ pub fn write_rates(engine: &Engine, outputs: &Outputs, plan: &Plan, margin: f64)
             .collect();
         let tokens_per_byte = density.tokens_per_byte(of);
         let max_epochs = plan.spec.weigh.max_epochs.filter(|_| domain != CORPUS);
-        let found = rates(&supply, budget.0 as f64 / tokens_per_byte, margin, max_epochs).map_err(|bytes| {
+        let mut found = rates(&supply, budget.0 as f64 / tokens_per_byte, margin, max_epochs).map_err(|bytes| {
             let most = (bytes * tokens_per_byte) as u64;
             Error::data(format!(
                 "the corpus has about {most} tokens for `{domain}` under `weigh.max_epochs`, and {budget} are asked for"
@@ -137,6 +135,11 @@ pub fn write_rates(engine: &Engine, outputs: &Outputs, plan: &Plan, margin: f64)
         if let Some(most) = found.iter().map(|r| r.epochs).filter(|&e| e > EPOCHS_MAX).reduce(f64::max) {
             let error = Error::data(format!("{budget} tokens for `{domain}` would repeat a cluster {most:.0} times"));
             return Err(error.hint("lower `resample.tokens` or `cluster.k`, set `weigh.max_epochs`, or add to the corpus"));
+        }
+        if plan.spec.shard.by == ShardBy::Cluster {
+            // Every window once; the domains' draws are only planned.
+            let rate = if drawn(plan).contains(&domain) { 1.0 } else { 0.0 };
+            found.iter_mut().for_each(|planned| planned.rate = rate);
         }
         domains.extend(std::iter::repeat_n(domain, found.len()));
         rows.extend(found);
@@ -209,20 +212,18 @@ impl Density {
 /// Draws from one corpus unit, for every domain at once.
 pub fn draw(engine: &Engine, outputs: &Outputs, plan: &Plan, unit: &Unit) -> Result<()> {
     let Some(path) = &unit.draws else { return Ok(()) };
-    let functions = [windows_function(plan.spec.windows.bytes), content_key_function(), draws_function(plan.spec.seed)];
-    let session = engine.session(1, functions);
-    register_source(&session, unit, Arc::new(Silent))?;
+    let session = engine.session(1, [draws_function(plan.spec.seed)]);
+    register_texts(engine, &session, unit, plan.spec.windows.bytes)?;
     engine.register(&session, "assignments", &[&unit.assignments])?;
     engine.register(&session, "rates", &[&outputs.rates])?;
-    let texts = engine.query(&session, include_str!("sql/windows.sql"))?;
-    session.register_table("texts", texts.into_view()).map_err(query_error)?;
     let frame = engine.query(&session, include_str!("sql/draw.sql"))?;
     engine.write(frame, &draws_schema(), path)?;
     engine.progress.advance(unit.bytes);
     Ok(())
 }
 
-fn draws_schema() -> SchemaRef {
+/// The columns of the table `draws`.
+pub fn draws_schema() -> SchemaRef {
     Arc::new(Schema::new(vec![
         Field::new("domain", DataType::Utf8, false),
         Field::new("shuffle", DataType::UInt64, false),
@@ -277,14 +278,18 @@ fn multiplicity(rate: f64, u: f64) -> u32 {
 }
 
 /// Counts what was drawn and writes the table `diagnostics`.
-pub fn write_diagnostics(engine: &Engine, outputs: &Outputs) -> Result<()> {
+pub fn write_diagnostics(engine: &Engine, outputs: &Outputs, by: ShardBy) -> Result<()> {
     let session = engine.parallel_session([]);
     let files: Vec<&Path> = outputs.corpus().filter_map(|u| u.draws.as_deref()).collect();
     engine.register(&session, "draws", &files)?;
     for (table, path) in [("weights", &outputs.weights), ("histograms", &outputs.histograms), ("rates", &outputs.rates)] {
         engine.register(&session, table, &[path])?;
     }
-    register_batches(&session, "drawn", engine.collect(&session, include_str!("sql/drawn.sql"))?, &drawn_schema())?;
+    let drawn = match by {
+        ShardBy::Domain => include_str!("sql/drawn.sql"),
+        ShardBy::Cluster => include_str!("sql/planned.sql"),
+    };
+    register_batches(&session, "drawn", engine.collect(&session, drawn)?, &drawn_schema())?;
     let frame = engine.query(&session, include_str!("sql/diagnostics.sql"))?;
     engine.write(frame, &diagnostics_schema(), &outputs.diagnostics).map(|_| ())
 }
@@ -316,13 +321,6 @@ pub fn diagnostics_schema() -> SchemaRef {
     Arc::new(Schema::new(
         std::iter::once(domain).chain(names.map(|n| Field::new(n, DataType::Float64, false))).collect::<Vec<_>>(),
     ))
-}
-
-fn register_batches(session: &SessionContext, table: &str, batches: Vec<RecordBatch>, empty: &SchemaRef) -> Result<()> {
-    let schema = batches.first().map_or_else(|| Arc::clone(empty), RecordBatch::schema);
-    let memory = MemTable::try_new(schema, vec![batches]).map_err(query_error)?;
-    session.register_table(table, Arc::new(memory)).map_err(query_error)?;
-    Ok(())
 }
 
 #[cfg(test)]

@@ -14,14 +14,14 @@ use trommel_core::schema::CORPUS;
 use trommel_core::storage::{create_folder, remove_temporaries, write_error};
 use trommel_embed::Embedder;
 use trommel_kernels::panels;
-use trommel_spec::pipeline::Precision;
+use trommel_spec::pipeline::{Precision, ShardBy};
 use trommel_spec::plan::Plan;
 
 use crate::embed::{Counts, Pass, counts};
 use crate::engine::{Engine, Written, written};
 use crate::outputs::{Outputs, Unit};
 use crate::shard::{Sharding, checksum_of, finished};
-use crate::{assign, catalog, cluster, histogram, resample, tokenizer, weigh};
+use crate::{assign, catalog, cluster, dsir, histogram, resample, tokenizer, weigh};
 
 /// The stages of the pipeline, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -178,10 +178,23 @@ impl<'a> Run<'a> {
                 engine.for_each(&missing(outputs, stage), |unit| assign::run(engine, unit, &tree))
             }
             Stage::Histogram => histogram::run(engine, outputs).map(|_| ()),
-            Stage::Weigh => weigh::run(engine, outputs, spec).map(|_| ()),
+            Stage::Weigh => {
+                if !is_done_without_dsir(outputs, stage) {
+                    weigh::run(engine, outputs, spec)?;
+                }
+                outputs.dsir.as_ref().map_or(Ok(()), |dsir| dsir::weigh(engine, dsir, self.plan))
+            }
             Stage::Tokenizer => tokenizer::run(engine, outputs, &spec.shard.tokenizer).map(|_| ()),
-            Stage::Resample => self.draw(MARGINS[0]),
-            Stage::Shard => self.shard(),
+            Stage::Resample => {
+                if !is_done_without_dsir(outputs, stage) {
+                    self.draw(MARGINS[0])?;
+                }
+                outputs.dsir.as_ref().map_or(Ok(()), |dsir| dsir::resample(engine, dsir, self.plan))
+            }
+            Stage::Shard => {
+                self.shard()?;
+                outputs.dsir.as_ref().map_or(Ok(()), |dsir| dsir::shard(engine, dsir, self.plan))
+            }
         }
     }
 
@@ -191,10 +204,15 @@ impl<'a> Run<'a> {
             resample::write_rates(engine, outputs, self.plan, margin)?;
         }
         engine.for_each(&missing(outputs, Stage::Resample), |unit| resample::draw(engine, outputs, self.plan, unit))?;
-        resample::write_diagnostics(engine, outputs)
+        resample::write_diagnostics(engine, outputs, self.plan.spec.shard.by)
     }
 
     fn shard(&self) -> Result<()> {
+        if self.plan.spec.shard.by == ShardBy::Cluster {
+            let sharding = Sharding { engine: &self.engine, outputs: &self.outputs, plan: self.plan, margin: 1.0 };
+            let open = self.outputs.shards.iter().filter(|(_, folder)| finished(&self.outputs, folder).is_none());
+            return open.map(|(_, folder)| sharding.by_cluster(folder).map(|_| ())).collect();
+        }
         for (domain, folder) in &self.outputs.shards {
             if finished(&self.outputs, folder).is_some() {
                 continue;
@@ -237,10 +255,17 @@ impl<'a> Run<'a> {
     /// The work of a stage, for its progress.
     fn amount(&self, stage: Stage) -> Result<Option<u64>> {
         let units = missing(&self.outputs, stage);
+        let dsir = self.outputs.dsir.as_deref();
         Ok(match stage {
-            Stage::Windows | Stage::Embed | Stage::Resample => Some(units.iter().map(|u| u.bytes).sum()),
+            Stage::Windows | Stage::Embed => Some(units.iter().map(|u| u.bytes).sum()),
+            Stage::Resample => Some(units.iter().map(|u| u.bytes).sum::<u64>() + dsir.map_or(0, dsir::resample_bytes)),
+            Stage::Weigh => dsir.map(dsir::weigh_bytes),
             Stage::Assign => Some(units.iter().map(|u| counts(u).map(|c| c.windows)).sum::<Result<u64>>()?),
-            Stage::Shard => Some(self.plan.spec.resample.tokens.0 * self.outputs.shards.len() as u64),
+            Stage::Shard if self.plan.spec.shard.by == ShardBy::Cluster => None,
+            Stage::Shard => {
+                let sets: usize = shard_sets(&self.outputs).map(|o| o.shards.len()).sum();
+                Some(self.plan.spec.resample.tokens.0 * sets as u64)
+            }
             _ => None,
         })
     }
@@ -287,9 +312,12 @@ impl<'a> Run<'a> {
         if self.outputs.weights.exists() {
             checksums.insert("weights".to_owned(), checksum_file(&self.outputs.weights)?);
         }
-        for (domain, folder) in &self.outputs.shards {
-            if let Some(manifest) = finished(&self.outputs, folder) {
-                checksums.insert(format!("shards/{domain}"), checksum_of(&manifest));
+        for outputs in shard_sets(&self.outputs) {
+            for (_, folder) in &outputs.shards {
+                if let Some(manifest) = finished(outputs, folder) {
+                    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+                    checksums.insert(format!("shards/{name}"), checksum_of(&manifest));
+                }
             }
         }
         Ok(checksums)
@@ -338,11 +366,23 @@ fn tables(outputs: &Outputs, stage: Stage) -> Vec<&Path> {
     }
 }
 
+/// The outputs that hold shards: our own, and DSIR's if they are wanted.
+fn shard_sets(outputs: &Outputs) -> impl Iterator<Item = &Outputs> {
+    std::iter::once(outputs).chain(outputs.dsir.as_ref().map(|dsir| &dsir.outputs))
+}
+
 fn is_done(outputs: &Outputs, stage: Stage) -> bool {
+    let dsir = outputs.dsir.as_deref();
     match stage {
-        Stage::Shard => outputs.shards.iter().all(|(_, folder)| finished(outputs, folder).is_some()),
-        _ => missing(outputs, stage).is_empty() && tables(outputs, stage).iter().all(|f| f.exists()),
+        Stage::Weigh => dsir.is_none_or(dsir::is_weighed) && is_done_without_dsir(outputs, stage),
+        Stage::Resample => dsir.is_none_or(dsir::is_resampled) && is_done_without_dsir(outputs, stage),
+        Stage::Shard => shard_sets(outputs).all(|o| o.shards.iter().all(|(_, folder)| finished(o, folder).is_some())),
+        _ => is_done_without_dsir(outputs, stage),
     }
+}
+
+fn is_done_without_dsir(outputs: &Outputs, stage: Stage) -> bool {
+    missing(outputs, stage).is_empty() && tables(outputs, stage).iter().all(|f| f.exists())
 }
 
 /// The units whose output of a stage is missing.
@@ -366,7 +406,8 @@ fn size_of(outputs: &Outputs, stage: Stage) -> Result<Written> {
         Stage::Resample => written(units.filter_map(|u| u.draws.as_deref())),
         Stage::Tokenizer => Ok(Written { rows: 1, bytes: crate::source::size(&outputs.tokenizer) }),
         Stage::Shard => {
-            let manifests = outputs.shards.iter().filter_map(|(_, folder)| finished(outputs, folder).map(|m| (m, folder)));
+            let folders = shard_sets(outputs).flat_map(|o| o.shards.iter().map(move |(_, folder)| (o, folder)));
+            let manifests = folders.filter_map(|(outputs, folder)| finished(outputs, folder).map(|m| (m, folder)));
             Ok(manifests.fold(Written::default(), |sum, (manifest, folder)| Written {
                 rows: sum.rows + manifest.shards.iter().map(|s| s.rows).sum::<u64>(),
                 bytes: sum.bytes + manifest.shards.iter().map(|s| crate::source::size(&folder.join(&s.path))).sum::<u64>(),

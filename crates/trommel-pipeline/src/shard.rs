@@ -3,15 +3,19 @@
 //! A draw's place is a 64-bit hash. A shard is a range of places, so it is made from a filter and a sort, and memory is
 //! bounded by one shard. The draws hold a margin over the budget; the shards end with the window that meets it, which in
 //! a random order takes nothing from any cluster in particular.
+//!
+//! By cluster, one folder holds the whole corpus: a file holds windows of one cluster, in the pseudo-random order within it.
+//! One external sort serves all clusters, in bounded memory; a stopped one goes on with the cluster that it was at.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arrow::array::{AsArray, RecordBatch};
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef, UInt32Type};
 use trommel_core::error::{Error, Result};
 use trommel_core::key::{checksum, checksum_file};
 use trommel_core::manifest::{Manifest, Shard};
+use trommel_core::schema::CORPUS;
 use trommel_core::storage::{write_bytes, write_error};
 use trommel_spec::plan::Plan;
 
@@ -68,13 +72,7 @@ impl Sharding<'_> {
         let budget = self.plan.spec.resample.tokens.0;
         let drawn = budget as f64 * self.margin;
         let count = (drawn / self.plan.spec.shard.shard_tokens.0 as f64).ceil().max(1.0) as u64;
-        let mut manifest = Manifest {
-            domain: domain.to_owned(),
-            vocab: encoder.vocab,
-            end_of_text: encoder.end_of_text,
-            tokens: 0,
-            shards: Vec::new(),
-        };
+        let mut manifest = empty_manifest(domain, &encoder);
         for number in 0..count {
             if manifest.tokens >= budget {
                 break;
@@ -93,20 +91,74 @@ impl Sharding<'_> {
             };
             if content.rows > 0 {
                 manifest.tokens += content.tokens;
-                manifest.shards.push(Shard {
-                    shard: number as u32,
-                    path: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-                    rows: content.rows,
-                    tokens: content.tokens,
-                    bytes: content.bytes,
-                    checksum: checksum_file(&path)?,
-                });
+                manifest.shards.push(describe(number as u32, &path, &content, None)?);
             }
         }
         if manifest.tokens < budget {
             return Ok(None);
         }
         self.publish(&manifest, folder).map(Some)
+    }
+
+    /// Writes the shards of every cluster of the corpus, and the manifest.
+    pub fn by_cluster(&self, folder: &Path) -> Result<Written> {
+        let encoder = Encoder::read(&self.outputs.tokenizer)?;
+        let session = self.engine.session(1, [encoder.tokenize_function()]);
+        let files: Vec<&Path> = self.outputs.corpus().filter_map(|u| u.draws.as_deref()).collect();
+        self.engine.register(&session, "draws", &files)?;
+        // Files are written in the order of their names, so the last one's cluster is the only one that may be incomplete.
+        let done = self.cluster_files(folder);
+        let first = done.last().map_or(0, |(cluster, _)| *cluster);
+        let mut made: Vec<(u32, PathBuf)> = done.into_iter().filter(|(cluster, _)| *cluster < first).collect();
+
+        let sql = include_str!("sql/shard_by_cluster.sql").replace("{first}", &first.to_string());
+        let schema = schema(encoder.tokens_type());
+        let mut open: Option<(u32, ParquetSink, Content)> = None;
+        for batch in self.engine.stream(self.engine.query(&session, &sql)?)? {
+            let batch = batch?;
+            for rows in runs_of_clusters(&batch)? {
+                let (cluster, batch) = (rows.0, batch.slice(rows.1.start, rows.1.len()));
+                let full = |content: &Content| content.tokens >= self.plan.spec.shard.shard_tokens.0;
+                if let Some((at, sink, content)) = open.take_if(|(at, _, content)| *at != cluster || full(content)) {
+                    made.push((at, finish(sink, &content)?));
+                }
+                if open.is_none() {
+                    let number = made.iter().filter(|(at, _)| *at == cluster).count();
+                    let path = folder.join(format!("{cluster:08}-{number:05}{}", suffix(self.outputs)));
+                    let content = Content { rows: 0, tokens: 0, bytes: 0 };
+                    open = Some((cluster, ParquetSink::create(&path, &schema)?, content));
+                }
+                let Some((_, sink, content)) = &mut open else { continue };
+                let added = count(&batch)?;
+                content.rows += added.rows;
+                content.tokens += added.tokens;
+                content.bytes += added.bytes;
+                sink.write(&batch)?;
+                self.engine.progress.advance(added.tokens);
+            }
+        }
+        if let Some((at, sink, content)) = open {
+            made.push((at, finish(sink, &content)?));
+        }
+        let mut manifest = empty_manifest(CORPUS, &encoder);
+        for (number, (cluster, path)) in made.iter().enumerate() {
+            let content = read_content(path)?;
+            manifest.tokens += content.tokens;
+            manifest.shards.push(describe(number as u32, path, &content, Some(*cluster))?);
+        }
+        self.publish(&manifest, folder)
+    }
+
+    /// The files of this plan that are there, in the order of clusters.
+    fn cluster_files(&self, folder: &Path) -> Vec<(u32, PathBuf)> {
+        let suffix = suffix(self.outputs);
+        let cluster = |path: PathBuf| {
+            let name = path.file_name()?.to_str()?.strip_suffix(&suffix)?;
+            Some((name.split('-').next()?.parse().ok()?, path.clone()))
+        };
+        let mut found: Vec<(u32, PathBuf)> = parquet_files(folder).into_iter().filter_map(cluster).collect();
+        found.sort();
+        found
     }
 
     /// Writes windows up to and including the one that brings their tokens to `budget`.
@@ -139,9 +191,7 @@ impl Sharding<'_> {
                 break;
             }
         }
-        sink.note(TOKENS, &content.tokens.to_string());
-        sink.note(BYTES, &content.bytes.to_string());
-        sink.finish()?;
+        finish(sink, &content)?;
         Ok(content)
     }
 
@@ -166,6 +216,57 @@ impl Sharding<'_> {
         let bytes = manifest.shards.iter().map(|s| crate::source::size(&folder.join(&s.path))).sum();
         Ok(Written { rows: manifest.shards.iter().map(|s| s.rows).sum(), bytes })
     }
+}
+
+fn empty_manifest(domain: &str, encoder: &Encoder) -> Manifest {
+    let (vocab, end_of_text) = (encoder.vocab, encoder.end_of_text);
+    Manifest { domain: domain.to_owned(), vocab, end_of_text, tokens: 0, shards: Vec::new() }
+}
+
+fn describe(shard: u32, path: &Path, content: &Content, cluster_id: Option<u32>) -> Result<Shard> {
+    Ok(Shard {
+        shard,
+        path: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        rows: content.rows,
+        tokens: content.tokens,
+        bytes: content.bytes,
+        checksum: checksum_file(path)?,
+        cluster_id,
+    })
+}
+
+/// Closes a shard, with what it holds in its footer.
+fn finish(mut sink: ParquetSink, content: &Content) -> Result<PathBuf> {
+    let path = sink.path().to_owned();
+    sink.note(TOKENS, &content.tokens.to_string());
+    sink.note(BYTES, &content.bytes.to_string());
+    sink.finish()?;
+    Ok(path)
+}
+
+/// The rows of each cluster in a batch that is sorted by cluster.
+fn runs_of_clusters(batch: &RecordBatch) -> Result<Vec<(u32, std::ops::Range<usize>)>> {
+    let clusters = batch.column_by_name("cluster_id").and_then(|c| c.as_primitive_opt::<UInt32Type>());
+    let clusters = clusters.ok_or_else(|| Error::internal("a shard lacks its clusters"))?.values();
+    let mut from = 0;
+    let run = |rows: &[u32]| {
+        let range = from..from + rows.len();
+        from = range.end;
+        (rows[0], range)
+    };
+    Ok(clusters.chunk_by(|a, b| a == b).map(run).collect())
+}
+
+/// What a batch of windows holds.
+fn count(batch: &RecordBatch) -> Result<Content> {
+    let missing = || Error::internal("a shard lacks a column");
+    let tokens = batch.column_by_name("tokens").ok_or_else(missing)?.as_list::<i32>();
+    let offsets = tokens.value_offsets();
+    let texts = arrow::compute::cast(batch.column_by_name("text").ok_or_else(missing)?, &DataType::Utf8View);
+    let texts = texts.map_err(|e| Error::internal("no text").source(e))?;
+    let bytes = texts.as_string_view().iter().map(|text| text.map_or(0, str::len) as u64).sum();
+    let tokens = (offsets[offsets.len() - 1] - offsets[0]) as u64;
+    Ok(Content { rows: batch.num_rows() as u64, tokens, bytes })
 }
 
 fn parquet_files(folder: &Path) -> Vec<PathBuf> {

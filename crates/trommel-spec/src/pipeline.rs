@@ -158,6 +158,21 @@ pub struct Shard {
     /// Tokens per shard file, about. Default 16M.
     #[serde(default = "shard_tokens")]
     pub shard_tokens: Count,
+    /// What a folder of shards holds. Default `domain`.
+    #[serde(default)]
+    pub by: ShardBy,
+}
+
+/// What a folder of shards holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShardBy {
+    /// `resample.tokens` tokens that were drawn for one domain, in random order; a folder for each domain.
+    #[default]
+    Domain,
+    /// The whole corpus once, cluster by cluster. A training draws the clusters in any proportions, so one folder serves every
+    /// domain, a projected network and a mixture of models; `resample.tokens` only plans the table `weights`.
+    Cluster,
 }
 
 /// A tokenizer that is given or trained. Default: trained with 8,192 entries.
@@ -183,7 +198,7 @@ pub struct TrainTokenizer {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Train {
-    /// A preset: `slm-1m`, `slm-3m`, `slm-5m`, `slm-9m`, `slm-30m` or `slm-126m`.
+    /// A preset: `slm-600k`, `slm-1m`, `slm-3m`, `slm-5m`, `slm-9m`, `slm-30m` or `slm-126m`.
     pub model: String,
     /// Tokens that a prediction can look back on, and the length of a training sequence (8 to 65,536). Default 1024.
     #[serde(default = "context")]
@@ -191,16 +206,70 @@ pub struct Train {
     pub context: u32,
     /// Tokens of pretraining, the same for every method.
     pub tokens: Count,
-    /// What to compare. Default: all of them.
-    #[serde(default = "all_methods")]
+    /// What to compare. Default: `slm`, `slm-is` and `slm-nopt`.
+    #[serde(default = "default_methods")]
     #[schemars(length(min = 1))]
     pub methods: Vec<Method>,
+    /// Models of a method that differ in their seed only, which counts from the run's `seed`; such as `{slm: 3}`. Default 1 each.
+    #[serde(default)]
+    pub seeds: BTreeMap<Method, u32>,
+    /// Levels of the cluster tree whose clusters `slm-is` draws by, a model for each; 1 is below the root. Needs
+    /// `shard.by: cluster`. Default: the leaves.
+    #[schemars(length(min = 1))]
+    pub levels: Option<Vec<u32>>,
+    /// What `slm-pn` and `slm-mix` are made of.
+    #[serde(default)]
+    pub experts: Experts,
+    /// The preset of `llm`.
+    pub llm: Option<String>,
     /// How the learning rate moves. Default `cosine`.
     #[serde(default)]
     pub schedule: Schedule,
     /// Numbers that are multiplied; weights and sums are `f32` always. Default `bf16`.
     #[serde(default)]
     pub precision: Precision,
+}
+
+/// What a projected network and a mixture of models are made of: an expert for each cluster of a level. [PE 2.5]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Experts {
+    /// Levels of the cluster tree, a model of each method for each. Default: the leaves.
+    #[schemars(length(min = 1))]
+    pub levels: Option<Vec<u32>>,
+    /// MLPs that the basis of a network holds in each layer (`h`; at least 1). Default: one more than experts.
+    #[schemars(range(min = 1))]
+    pub capacity: Option<u32>,
+    /// How a network becomes one small model for a domain. Default: `top-cluster`, the paper's.
+    #[serde(default = "default_choices")]
+    #[schemars(length(min = 1))]
+    pub choices: Vec<Choice>,
+}
+
+/// Which expert, or which mixture of experts, a network projects to for a domain. [PE 2.5]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Choice {
+    /// The expert of the domain's most frequent cluster.
+    TopCluster,
+    /// The expert with the lowest loss on the validation part of the domain's training documents, before fine-tuning.
+    LowestLoss,
+    /// The expert with the lowest loss on it after fine-tuning; fine-tunes all of them.
+    BestTuned,
+    /// All experts in the proportions of the domain's histogram.
+    Mixture,
+}
+
+impl Choice {
+    /// The name in YAML, JSON and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Choice::TopCluster => "top-cluster",
+            Choice::LowestLoss => "lowest-loss",
+            Choice::BestTuned => "best-tuned",
+            Choice::Mixture => "mixture",
+        }
+    }
 }
 
 /// What a model is pretrained on.
@@ -213,6 +282,17 @@ pub enum Method {
     SlmIs,
     /// The domain set only.
     SlmNopt,
+    /// A projected network, which becomes one small model for each domain. Needs `shard.by: cluster`.
+    SlmPn,
+    /// A small model for each cluster; a domain takes that of its most frequent one. Needs `shard.by: cluster`.
+    SlmMix,
+    /// The unweighted corpus, and the last fifth (the decay of the schedule `wsd`) resampled for each domain. Needs
+    /// `shard.by: cluster`.
+    TrunkDecay,
+    /// A larger model on the unweighted corpus; `train.llm` names it.
+    Llm,
+    /// The corpus's windows that DSIR selects for the domain, by importance resampling on hashed n-grams (arXiv 2302.03169).
+    Dsir,
 }
 
 impl Method {
@@ -222,7 +302,17 @@ impl Method {
             Method::Slm => "slm",
             Method::SlmIs => "slm-is",
             Method::SlmNopt => "slm-nopt",
+            Method::SlmPn => "slm-pn",
+            Method::SlmMix => "slm-mix",
+            Method::TrunkDecay => "trunk-decay",
+            Method::Llm => "llm",
+            Method::Dsir => "dsir",
         }
+    }
+
+    /// Whether it draws clusters from shards that were written by cluster.
+    pub fn needs_clusters(self) -> bool {
+        matches!(self, Method::SlmPn | Method::SlmMix | Method::TrunkDecay)
     }
 }
 
@@ -274,8 +364,24 @@ fn shard_tokens() -> Count {
 fn context() -> u32 {
     1024
 }
-fn all_methods() -> Vec<Method> {
+fn default_choices() -> Vec<Choice> {
+    vec![Choice::TopCluster]
+}
+fn default_methods() -> Vec<Method> {
     vec![Method::Slm, Method::SlmIs, Method::SlmNopt]
+}
+
+impl Train {
+    /// Models of a method that differ in their seed.
+    pub fn seeds(&self, method: Method) -> u32 {
+        self.seeds.get(&method).copied().unwrap_or(1)
+    }
+}
+
+impl Default for Experts {
+    fn default() -> Self {
+        Experts { levels: None, capacity: None, choices: default_choices() }
+    }
 }
 
 impl Default for Windows {
@@ -292,7 +398,7 @@ impl Default for Embed {
 
 impl Default for Shard {
     fn default() -> Self {
-        Shard { tokenizer: Tokenizer::default(), shard_tokens: shard_tokens() }
+        Shard { tokenizer: Tokenizer::default(), shard_tokens: shard_tokens(), by: ShardBy::default() }
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use trommel_core::error::Error;
 use trommel_core::schema::CORPUS;
 
-use crate::pipeline::Pipeline;
+use crate::pipeline::{Method, Pipeline, ShardBy, Train};
 use crate::validate;
 use crate::yaml::Document;
 
@@ -179,7 +179,38 @@ fn contradictions(document: &Document, spec: &Pipeline) -> Vec<Error> {
         let name = pointer.trim_start_matches('/').replace('/', ".");
         require(count.0 > 0, pointer, format!("`{name}` must be above 0"), "such as `20M`");
     }
+    if let Some(train) = &spec.train {
+        training_contradictions(spec, train, &mut require);
+    }
     mistakes
+}
+
+/// What the schema cannot say of `train`.
+fn training_contradictions(spec: &Pipeline, train: &Train, require: &mut impl FnMut(bool, &str, String, &str)) {
+    let by_cluster = spec.shard.by == ShardBy::Cluster;
+    for (index, method) in train.methods.iter().enumerate() {
+        let message = format!("`{}` draws clusters, which these shards do not have", method.name());
+        require(by_cluster || !method.needs_clusters(), &format!("/train/methods/{index}"), message, "set `shard.by: cluster`");
+        let llm = *method != Method::Llm || train.llm.is_some();
+        let hint = "such as `llm: slm-9m`";
+        require(llm, &format!("/train/methods/{index}"), "`llm` needs `train.llm`, a larger preset".into(), hint);
+    }
+    let depth = spec.cluster.levels().len() as u32;
+    let levels = [("/train/levels", &train.levels), ("/train/experts/levels", &train.experts.levels)];
+    for (pointer, levels) in levels {
+        let wrong = levels.iter().flatten().find(|level| !(1..=depth).contains(*level));
+        let message = format!("the cluster tree has {depth} levels, and no level {}", wrong.copied().unwrap_or(0));
+        require(wrong.is_none(), pointer, message, "`cluster.levels` sets the tree; level 1 is below its root");
+        let hint = "without `shard.by: cluster`, clusters are the leaves";
+        require(levels.is_none() || by_cluster, pointer, "levels need shards by cluster".into(), hint);
+    }
+    let plain = spec.weigh.smoothing.is_none() && spec.weigh.temperature.is_none() && spec.weigh.max_epochs.is_none();
+    let inner = train.levels.iter().flatten().any(|level| *level < depth);
+    let hint = "leave out `train.levels`, or the options of `weigh`";
+    require(plain || !inner, "/train/levels", "the options of `weigh` act on the leaves only".into(), hint);
+    let capped = by_cluster && spec.weigh.max_epochs.is_some();
+    let hint = "leave it out, or shard by domain";
+    require(!capped, "/weigh/max_epochs", "shards by cluster are drawn without a cap".into(), hint);
 }
 
 /// The files that a path, a folder or a glob names, at least one; else what is wrong with it, and the remedy.

@@ -39,6 +39,18 @@ impl Batch {
         self.tokens.len() / self.time
     }
 
+    /// The same sequences, at most `sequences` of them at a time.
+    pub fn parts(&self, sequences: usize) -> impl Iterator<Item = Batch> {
+        let step = sequences.max(1) * self.time;
+        let rows = self.tokens.chunks(step).zip(self.targets.chunks(step)).zip(self.starts.chunks(step));
+        rows.map(|((tokens, targets), starts)| Batch {
+            time: self.time,
+            tokens: tokens.to_vec(),
+            targets: targets.to_vec(),
+            starts: starts.to_vec(),
+        })
+    }
+
     /// Positions that have a target.
     pub fn targets_len(&self) -> usize {
         self.targets.iter().filter(|target| **target != IGNORED).count()
@@ -63,7 +75,7 @@ impl Batch {
 /// An endless stream of sequences that can go to any of its places.
 pub trait Source {
     /// A place in the stream.
-    type Position: Copy;
+    type Position: Clone;
 
     /// The place of the next sequence.
     fn position(&self) -> Self::Position;
@@ -116,12 +128,12 @@ impl<S: Source> Dealer<S> {
 
     /// The place of the next sequence.
     pub fn position(&self) -> Dealt<S::Position> {
-        Dealt { start: self.start, dealt: self.dealt }
+        Dealt { start: self.start.clone(), dealt: self.dealt }
     }
 
     /// Goes to a place that [`Dealer::position`] returned.
     pub fn seek(&mut self, position: Dealt<S::Position>) -> Result<()> {
-        self.source.seek(position.start)?;
+        self.source.seek(position.start.clone())?;
         (self.start, self.dealt) = (position.start, position.dealt);
         self.block = Batch::new(self.time);
         Ok(())

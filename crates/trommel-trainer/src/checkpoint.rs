@@ -17,22 +17,20 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 use trommel_core::error::{Error, Result};
 use trommel_core::key::checksum;
 use trommel_core::manifest::Manifest;
 use trommel_core::storage::{create_folder, write_bytes, write_error};
 
-use crate::model::{Activation, Config};
+use crate::model::Config;
 use crate::parameters::Layout;
+use crate::{llama_config, weights};
 
 /// The checkpoint's folder within a training run's output folder.
 pub const FOLDER: &str = "checkpoint";
 
-const MODEL: &str = "model.safetensors";
-const CONFIG: &str = "config.json";
 const STATE: &str = "state.json";
 const MOMENTS: [&str; 2] = ["first_moment.safetensors", "second_moment.safetensors"];
 const BEST: &str = "best.safetensors";
@@ -75,17 +73,13 @@ pub fn save<S: Serialize>(
     remove(&new)?;
     create_folder(&new)?;
     let layout = Layout::new(&model.config);
-    let mut files = vec![
-        (MODEL, tensors(&layout, &model.parameters)?),
-        (CONFIG, json(&Published::new(&model.config, model.end_of_text))?),
-        (Manifest::TOKENIZER, fs::read(tokenizer).map_err(|e| unreadable(tokenizer, e))?),
-    ];
+    let mut files = published(model, tokenizer)?;
     if let Some(unfinished) = unfinished {
         for (name, moment) in MOMENTS.iter().zip(&unfinished.moments) {
-            files.push((name, tensors(&layout, moment)?));
+            files.push((name, weights::write(&layout, moment)?));
         }
         if let Some(best) = &unfinished.best {
-            files.push((BEST, tensors(&layout, best)?));
+            files.push((BEST, weights::write(&layout, best)?));
         }
     }
     let mut checksums = BTreeMap::new();
@@ -105,6 +99,15 @@ pub fn save<S: Serialize>(
     let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(parent).and_then(|parent| parent.sync_all()).map_err(failed)?;
     remove(&previous)
+}
+
+/// The files of a model that `transformers` reads, and their content. `tokenizer` is the file to copy.
+pub(crate) fn published(model: &Model, tokenizer: &Path) -> Result<Vec<(&'static str, Vec<u8>)>> {
+    Ok(vec![
+        (weights::FILE, weights::write(&Layout::new(&model.config), &model.parameters)?),
+        (llama_config::FILE, llama_config::write(&model.config, model.end_of_text)?),
+        (Manifest::TOKENIZER, fs::read(tokenizer).map_err(|e| unreadable(tokenizer, e))?),
+    ])
 }
 
 /// The state in `folder`, or `None` if there is no checkpoint.
@@ -130,23 +133,24 @@ pub fn read_state<S: DeserializeOwned>(folder: &Path) -> Result<Option<S>> {
     Ok(Some(file.state))
 }
 
-/// Reads the model in `folder`: a checkpoint, or an export of the same shape.
+/// Reads the model in `folder`: a checkpoint, an export, or what `transformers` saved of a Llama model that fits.
 pub fn read_model(folder: &Path) -> Result<Model> {
-    let path = folder.join(CONFIG);
-    let bytes = fs::read(&path).map_err(|e| {
-        let hint = "name the folder `checkpoint` in the output of a training run";
-        Error::data("this is no checkpoint").file(path.display()).source(e).hint(hint)
-    })?;
-    let published: Published = serde_json::from_slice(&bytes).map_err(|e| damaged(&path).source(e))?;
-    let config = published.config().map_err(|e| e.file(path.display()))?;
-    let parameters = read_tensors(&folder.join(MODEL), &Layout::new(&config))?;
-    Ok(Model { config, end_of_text: published.eos_token_id, parameters })
+    let (config, end_of_text) = llama_config::read(folder)?;
+    let parameters = weights::read_folder(folder, &config)?;
+    Ok(Model { config, end_of_text, parameters })
+}
+
+/// [`read_model`] of a folder whose files, if it is a checkpoint, are as they were written.
+pub(crate) fn read_verified_model(folder: &Path) -> Result<Model> {
+    if folder.join(STATE).exists() {
+        read_state::<IgnoredAny>(folder)?;
+    }
+    read_model(folder)
 }
 
 /// Reads what the unfinished run in `folder` needs beside its model.
 pub fn read_unfinished(folder: &Path, config: &Config) -> Result<Unfinished> {
-    let layout = Layout::new(config);
-    let read = |name| read_tensors(&folder.join(name), &layout);
+    let read = |name| weights::read(&folder.join(name), config);
     let best = if folder.join(BEST).exists() { Some(read(BEST)?) } else { None };
     Ok(Unfinished { moments: [read(MOMENTS[0])?, read(MOMENTS[1])?], best })
 }
@@ -156,39 +160,7 @@ pub fn tokenizer(folder: &Path) -> PathBuf {
     folder.join(Manifest::TOKENIZER)
 }
 
-fn tensors(layout: &Layout, flat: &[f32]) -> Result<Vec<u8>> {
-    let bytes: Vec<u8> = flat.iter().flat_map(|number| number.to_le_bytes()).collect();
-    let mut views = Vec::new();
-    for slot in layout.slots() {
-        let data = &bytes[slot.range.start * 4..slot.range.end * 4];
-        let view = TensorView::new(Dtype::F32, slot.shape.clone(), data)
-            .map_err(|e| Error::internal("a tensor has a wrong size").source(e))?;
-        views.push((slot.name.as_str(), view));
-    }
-    // `transformers` refuses files that do not say which framework's layout they have.
-    let metadata = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::serialize(views, Some(metadata)).map_err(|e| Error::internal("the weights cannot be written").source(e))
-}
-
-fn read_tensors(path: &Path, layout: &Layout) -> Result<Vec<f32>> {
-    let bytes = fs::read(path).map_err(|e| damaged(path).source(e))?;
-    let tensors = SafeTensors::deserialize(&bytes).map_err(|e| damaged(path).source(e))?;
-    let mut flat = vec![0.0; layout.len()];
-    for slot in layout.slots() {
-        let tensor = tensors.tensor(&slot.name).map_err(|e| damaged(path).source(e))?;
-        if tensor.dtype() != Dtype::F32 || tensor.shape() != slot.shape {
-            let (name, shape, expected) = (&slot.name, tensor.shape(), &slot.shape);
-            let message = format!("tensor `{name}` is {:?} {shape:?}, not F32 {expected:?}", tensor.dtype());
-            return Err(Error::data(message).file(path.display()).hint("`config.json` and the weights do not belong together"));
-        }
-        for (number, bytes) in flat[slot.range.clone()].iter_mut().zip(tensor.data().as_chunks().0) {
-            *number = f32::from_le_bytes(*bytes);
-        }
-    }
-    Ok(flat)
-}
-
-fn json(value: &impl Serialize) -> Result<Vec<u8>> {
+pub(crate) fn json(value: &impl Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec_pretty(value).map_err(|e| Error::internal("a value cannot be written as JSON").source(e))
 }
 
@@ -218,89 +190,6 @@ fn unreadable(path: &Path, error: std::io::Error) -> Error {
     Error::data("the file cannot be read").file(path.display()).source(error)
 }
 
-/// `config.json`, in the words of `transformers`.
-#[derive(Debug, Serialize, Deserialize)]
-struct Published {
-    architectures: Vec<String>,
-    model_type: String,
-    vocab_size: usize,
-    hidden_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: usize,
-    head_dim: usize,
-    intermediate_size: usize,
-    hidden_act: String,
-    max_position_embeddings: usize,
-    rope_theta: f64,
-    rms_norm_eps: f64,
-    tie_word_embeddings: bool,
-    attention_bias: bool,
-    mlp_bias: bool,
-    bos_token_id: u32,
-    eos_token_id: u32,
-    torch_dtype: String,
-}
-
-impl Published {
-    fn new(config: &Config, end_of_text: u32) -> Self {
-        let (architecture, model_type, activation) = match config.activation {
-            Activation::SwiGlu => ("LlamaForCausalLM", "llama", "silu"),
-            Activation::Gelu => ("ArceeForCausalLM", "arcee", "gelu_pytorch_tanh"),
-        };
-        Published {
-            architectures: vec![architecture.to_owned()],
-            model_type: model_type.to_owned(),
-            vocab_size: config.vocab,
-            hidden_size: config.width,
-            num_hidden_layers: config.layers,
-            num_attention_heads: config.heads,
-            num_key_value_heads: config.heads,
-            head_dim: config.head(),
-            intermediate_size: config.mlp,
-            hidden_act: activation.to_owned(),
-            max_position_embeddings: config.context,
-            rope_theta: config.rope_theta,
-            rms_norm_eps: config.norm_eps,
-            tie_word_embeddings: true,
-            attention_bias: false,
-            mlp_bias: false,
-            bos_token_id: end_of_text,
-            eos_token_id: end_of_text,
-            torch_dtype: "float32".to_owned(),
-        }
-    }
-
-    fn config(&self) -> Result<Config> {
-        let activation = match (self.model_type.as_str(), self.hidden_act.as_str()) {
-            ("llama", "silu") => Activation::SwiGlu,
-            ("arcee", "gelu_pytorch_tanh") => Activation::Gelu,
-            (model, activation) => {
-                let message = format!("a model of type `{model}` with activation `{activation}` is not supported");
-                return Err(Error::data(message)
-                    .hint("models that trommel trains are `llama` with `silu` or `arcee` with `gelu_pytorch_tanh`"));
-            }
-        };
-        let plain = self.tie_word_embeddings && self.num_key_value_heads == self.num_attention_heads;
-        if !plain || self.attention_bias || self.mlp_bias {
-            return Err(Error::data("models with a separate output layer, grouped heads or biases are not supported"));
-        }
-        let config = Config {
-            vocab: self.vocab_size,
-            width: self.hidden_size,
-            layers: self.num_hidden_layers,
-            heads: self.num_attention_heads,
-            mlp: self.intermediate_size,
-            activation,
-            context: self.max_position_embeddings,
-            rope_theta: self.rope_theta,
-            norm_eps: self.rms_norm_eps,
-        };
-        config.check().map_err(|e| Error::data("the sizes do not fit together").source(e))?;
-        Ok(config)
-    }
-}
-
 /// Numbers of a state as text: JSON's own numbers may lose their last bit when `serde_json` reads them.
 pub mod exact {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
@@ -319,7 +208,7 @@ pub mod exact {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::preset;
+    use crate::model::{Activation, preset};
 
     fn written(folder: &Path, activation: Activation) -> Model {
         let config = Config { activation, ..preset("slm-1m", 50).unwrap() };
@@ -359,14 +248,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         written(folder.path(), Activation::SwiGlu);
         let at = folder.path().join("c");
-        let model = fs::read(at.join(MODEL)).unwrap();
-        fs::write(at.join(MODEL), &model[..model.len() - 100]).unwrap();
+        let model = fs::read(at.join(weights::FILE)).unwrap();
+        fs::write(at.join(weights::FILE), &model[..model.len() - 100]).unwrap();
         for error in [read_state::<u32>(&at).unwrap_err(), read_model(&at).unwrap_err()] {
-            assert!(error.place().file.as_ref().unwrap().ends_with(MODEL) && error.remedy().is_some(), "{error}");
+            assert!(error.place().file.as_ref().unwrap().ends_with(weights::FILE) && error.remedy().is_some(), "{error}");
         }
         let mut flipped = model;
         *flipped.last_mut().unwrap() ^= 1;
-        fs::write(at.join(MODEL), flipped).unwrap();
+        fs::write(at.join(weights::FILE), flipped).unwrap();
         assert!(read_state::<u32>(&at).is_err());
         fs::write(at.join(STATE), "{").unwrap();
         assert!(read_state::<u32>(&at).unwrap_err().place().file.as_ref().unwrap().ends_with(STATE));

@@ -13,7 +13,10 @@ use crate::batch::{Batch, Source};
 
 /// Reads a `tokenizer.json`.
 pub fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
-    Tokenizer::from_file(path).map_err(|e| Error::data("the tokenizer cannot be read").file(path.display()).source(e))
+    Tokenizer::from_file(path).map_err(|e| {
+        let error = Error::data("the tokenizer cannot be read").file(path.display()).source(e);
+        error.hint("a model's folder needs the `tokenizer.json` of the model")
+    })
 }
 
 /// The tokens of each document, without special tokens.
@@ -25,6 +28,13 @@ pub fn tokenize(tokenizer: &Tokenizer, documents: &[String]) -> Result<Vec<Vec<u
         .map(encode)
         .collect::<Result<_, _>>()
         .map_err(|e| Error::data("a document cannot be tokenized").source(e))
+}
+
+/// Refuses a token that a model with `vocab` of them does not have.
+pub fn check_tokens<'a>(mut tokens: impl Iterator<Item = &'a u32>, vocab: usize) -> Result<()> {
+    let Some(token) = tokens.find(|token| **token as usize >= vocab) else { return Ok(()) };
+    let message = format!("the tokenizer makes token {token}, and the model has only {vocab}");
+    Err(Error::data(message).hint("the tokenizer does not belong to this model"))
 }
 
 /// A place in the stream of [`Documents`].

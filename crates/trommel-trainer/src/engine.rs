@@ -9,6 +9,7 @@ use crate::batch::Batch;
 use crate::model::Config;
 use crate::native::Native;
 use crate::parameters::Layout;
+use crate::projected::{Projected, Tensors};
 use crate::recipe::Recipe;
 use crate::tape::Tape;
 
@@ -26,6 +27,7 @@ pub struct Engine {
 #[derive(Debug)]
 enum Place {
     Host(Box<Host>),
+    Projected(Box<Projected>),
     Device(Box<Tape>),
 }
 
@@ -50,13 +52,15 @@ impl Engine {
         config.check()?;
         let layout = Layout::new(config);
         assert_eq!(parameters.len(), layout.len(), "parameters of another shape");
-        let place = if device.is_cpu() {
+        let place = if !device.is_cpu() {
+            Place::Device(Box::new(Tape::new(config, &parameters, device, precision).map_err(internal)?))
+        } else if let Some(tensors) = Tensors::of(config) {
+            Place::Projected(Box::new(Projected::new(config, tensors, parameters, precision)))
+        } else {
             let empty = Vec::new;
             let native = Native::new(config, precision);
             let host = Host { native, parameters, gradient: empty(), first_moment: empty(), second_moment: empty() };
             Place::Host(Box::new(host))
-        } else {
-            Place::Device(Box::new(Tape::new(config, &parameters, device, precision).map_err(internal)?))
         };
         Ok(Engine { config: config.clone(), layout, place })
     }
@@ -80,9 +84,23 @@ impl Engine {
         (ACTIVATION_BYTES / (numbers * time * size_of::<f32>())).max(1)
     }
 
+    /// Makes the model of expert `i` of a projected network, which the next batches run through. A plain model is its own
+    /// only expert.
+    pub fn select_expert(&mut self, i: usize) {
+        match &mut self.place {
+            Place::Host(_) => {}
+            Place::Projected(projected) => projected.select(i),
+            Place::Device(tape) => tape.select_expert(i),
+        }
+    }
+
     /// The negative log-likelihood in nats of each target of `batch`, (sequences, time); zero where there is none.
     pub fn losses(&mut self, batch: &Batch) -> Result<Vec<f32>> {
         match &mut self.place {
+            Place::Projected(projected) => {
+                let (native, model) = projected.native();
+                Ok(native.losses(model, batch).to_vec())
+            }
             Place::Host(host) => Ok(host.native.losses(&host.parameters, batch).to_vec()),
             Place::Device(tape) => tape.losses(batch).and_then(|losses| losses.to_vec1()).map_err(internal),
         }
@@ -91,6 +109,10 @@ impl Engine {
     /// The logits after the last position of each sequence, (sequences, vocab).
     pub fn logits(&mut self, batch: &Batch) -> Result<Vec<f32>> {
         match &mut self.place {
+            Place::Projected(projected) => {
+                let (native, model) = projected.native();
+                Ok(native.logits(model, batch))
+            }
             Place::Host(host) => Ok(host.native.logits(&host.parameters, batch)),
             Place::Device(tape) => tape.logits(batch).map_err(internal),
         }
@@ -99,6 +121,7 @@ impl Engine {
     /// Adds the gradient of `scale * sum of losses` over a micro-batch, and returns the sum of its losses.
     pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64> {
         match &mut self.place {
+            Place::Projected(projected) => Ok(projected.accumulate(batch, scale).iter().map(|loss| f64::from(*loss)).sum()),
             Place::Host(host) => {
                 host.gradient.resize(host.parameters.len(), 0.0);
                 let losses = host.native.losses_and_gradient(&host.parameters, batch, scale, &mut host.gradient);
@@ -112,16 +135,18 @@ impl Engine {
     }
 
     /// The Euclidean norm of the gradient that was accumulated.
-    pub fn gradient_norm(&self) -> Result<f64> {
-        match &self.place {
+    pub fn gradient_norm(&mut self) -> Result<f64> {
+        match &mut self.place {
+            Place::Projected(projected) => Ok(projected.gradient_norm()),
             Place::Host(host) => Ok(adamw::norm(&host.gradient)),
             Place::Device(tape) => tape.gradient_norm().map_err(internal),
         }
     }
 
     /// The flat gradient that was accumulated.
-    pub fn gradient(&self) -> Result<Vec<f32>> {
-        match &self.place {
+    pub fn gradient(&mut self) -> Result<Vec<f32>> {
+        match &mut self.place {
+            Place::Projected(projected) => Ok(projected.gradient()),
             Place::Host(host) => Ok(host.gradient.clone()),
             Place::Device(tape) => tape.gradient().map_err(internal),
         }
@@ -142,6 +167,7 @@ impl Engine {
             gradient_scale: if norm > recipe.clip { (recipe.clip / norm) as f32 } else { 1.0 },
         };
         match &mut self.place {
+            Place::Projected(projected) => projected.step(factors),
             Place::Host(host) => {
                 let len = host.parameters.len();
                 host.first_moment.resize(len, 0.0);
@@ -165,6 +191,7 @@ impl Engine {
     /// The flat parameters.
     pub fn parameters(&self) -> Result<Vec<f32>> {
         match &self.place {
+            Place::Projected(projected) => Ok(projected.parameters.clone()),
             Place::Host(host) => Ok(host.parameters.clone()),
             Place::Device(tape) => tape.parameters().map_err(internal),
         }
@@ -172,12 +199,14 @@ impl Engine {
 
     /// The flat moments of `AdamW`, zeros before the first step.
     pub fn moments(&self) -> Result<[Vec<f32>; 2]> {
+        let whole = |moment: &Vec<f32>| {
+            let mut moment = moment.clone();
+            moment.resize(self.layout.len(), 0.0);
+            moment
+        };
         match &self.place {
-            Place::Host(host) => Ok([&host.first_moment, &host.second_moment].map(|moment| {
-                let mut moment = moment.clone();
-                moment.resize(self.layout.len(), 0.0);
-                moment
-            })),
+            Place::Projected(projected) => Ok([&projected.moments[0], &projected.moments[1]].map(whole)),
+            Place::Host(host) => Ok([&host.first_moment, &host.second_moment].map(whole)),
             Place::Device(tape) => tape.moments().map_err(internal),
         }
     }
@@ -186,6 +215,10 @@ impl Engine {
     pub fn set_moments(&mut self, [m, v]: [Vec<f32>; 2]) -> Result<()> {
         assert!(m.len() == self.layout.len() && v.len() == self.layout.len(), "moments of another shape");
         match &mut self.place {
+            Place::Projected(projected) => {
+                projected.moments = [m, v];
+                Ok(())
+            }
             Place::Host(host) => {
                 (host.first_moment, host.second_moment) = (m, v);
                 Ok(())

@@ -8,12 +8,12 @@ use std::path::Path;
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use trommel_core::error::{Error, Result};
-use trommel_core::progress::{Interrupt, Progress};
+use trommel_core::progress::{Interrupt, Progress, Silent};
 use trommel_kernels::panels::Precision;
 
 use crate::batch::Batch;
 use crate::checkpoint;
-use crate::documents::{read_tokenizer, scoring_rows, tokenize};
+use crate::documents::{check_tokens, read_tokenizer, scoring_rows, tokenize};
 use crate::engine::Engine;
 
 /// Positions that are scored at once.
@@ -56,21 +56,48 @@ pub fn evaluate(
     progress: &dyn Progress,
     interrupt: &Interrupt,
 ) -> Result<Evaluation> {
+    let Opened { mut engine, tokens, end_of_text } = open(checkpoint, documents, context, device)?;
+    engine.config().check_plain().map_err(|e| e.file(checkpoint.display()))?;
+    progress.begin("evaluate", Some(tokens.iter().map(|tokens| tokens.len() as u64).sum()), "tokens");
+    let scores = scores(&mut engine, &tokens, end_of_text, context, progress, interrupt)?;
+    progress.end();
+    summarize(&scores, documents.iter().map(|document| document.len() as u64).sum())
+}
+
+/// The mean loss on `documents`, in nats per token, of each expert of the projected network in `checkpoint`.
+pub fn expert_losses(
+    checkpoint: &Path,
+    documents: &[String],
+    context: usize,
+    device: &Device,
+    interrupt: &Interrupt,
+) -> Result<Vec<f64>> {
+    let Opened { mut engine, tokens, end_of_text } = open(checkpoint, documents, context, device)?;
+    let experts = engine.config().projection.map_or(1, |p| p.experts);
+    let loss = |expert: usize| {
+        engine.select_expert(expert);
+        scores(&mut engine, &tokens, end_of_text, context, &Silent, interrupt).map(|scores| mean_nll(&scores))
+    };
+    (0..experts).map(loss).collect()
+}
+
+/// A model, and documents as its tokens.
+struct Opened {
+    engine: Engine,
+    tokens: Vec<Vec<u32>>,
+    end_of_text: u32,
+}
+
+fn open(checkpoint: &Path, documents: &[String], context: usize, device: &Device) -> Result<Opened> {
     let model = checkpoint::read_model(checkpoint)?;
     let tokens = tokenize(&read_tokenizer(&checkpoint::tokenizer(checkpoint))?, documents)?;
     if context == 0 || context > model.config.context {
         let message = format!("a context of {context} tokens is outside the model's 1 to {}", model.config.context);
         return Err(Error::config(message).file(checkpoint.display()));
     }
-    if let Some(token) = tokens.iter().flatten().find(|token| **token as usize >= model.config.vocab) {
-        let message = format!("the tokenizer makes token {token}, and the model has only {}", model.config.vocab);
-        return Err(Error::data(message).file(checkpoint.display()).hint("the tokenizer does not belong to this model"));
-    }
-    let mut engine = Engine::new(&model.config, model.parameters, device, Precision::F32)?;
-    progress.begin("evaluate", Some(tokens.iter().map(|tokens| tokens.len() as u64).sum()), "tokens");
-    let scores = scores(&mut engine, &tokens, model.end_of_text, context, progress, interrupt)?;
-    progress.end();
-    summarize(&scores, documents.iter().map(|document| document.len() as u64).sum())
+    check_tokens(tokens.iter().flatten(), model.config.vocab).map_err(|e| e.file(checkpoint.display()))?;
+    let engine = Engine::new(&model.config, model.parameters, device, Precision::F32)?;
+    Ok(Opened { engine, tokens, end_of_text: model.end_of_text })
 }
 
 /// The score of each document, given as tokens.
@@ -137,8 +164,6 @@ fn summarize(scores: &[Score], bytes: u64) -> Result<Evaluation> {
 
 #[cfg(test)]
 mod tests {
-    use trommel_core::progress::Silent;
-
     use super::*;
     use crate::model::preset;
     use crate::parameters::Layout;

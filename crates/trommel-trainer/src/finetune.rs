@@ -119,9 +119,9 @@ pub fn finetune(
 ) -> Result<FinetuneReport> {
     let start = plan.read_start()?;
     let config = start.config.clone();
+    let tokenizer = read_tokenizer(&plan.tokenizer)?;
     let fingerprint = plan.fingerprint(&start)?;
     let folder = plan.out.join(checkpoint::FOLDER);
-    let tokenizer = read_tokenizer(&plan.tokenizer)?;
     let (train, validation) = (tokenize(&tokenizer, &plan.train)?, tokenize(&tokenizer, &plan.validation)?);
     plan.check(&config, &train, &validation)?;
     let mut source = Dealer::new(Documents::new(train, start.end_of_text, plan.seed)?, plan.context);
@@ -249,7 +249,11 @@ impl FinetunePlan {
 
     fn read_start(&self) -> Result<Model> {
         match &self.start {
-            Start::Checkpoint(folder) => checkpoint::read_model(folder),
+            Start::Checkpoint(folder) => {
+                let model = checkpoint::read_model(folder)?;
+                model.config.check_plain().map_err(|e| e.file(folder.display()))?;
+                Ok(model)
+            }
             Start::Scratch { model, end_of_text } => {
                 model.check()?;
                 let parameters = Layout::new(model).initial(self.seed);

@@ -10,7 +10,7 @@ use trommel_kernels::panels::Precision;
 
 use crate::batch::Batch;
 use crate::checkpoint;
-use crate::documents::read_tokenizer;
+use crate::documents::{check_tokens, read_tokenizer};
 use crate::engine::Engine;
 
 /// How the next token is chosen.
@@ -37,10 +37,12 @@ pub fn generate(
     interrupt: &Interrupt,
 ) -> Result<String> {
     let model = checkpoint::read_model(checkpoint)?;
+    model.config.check_plain().map_err(|e| e.file(checkpoint.display()))?;
     let tokenizer = read_tokenizer(&checkpoint::tokenizer(checkpoint))?;
     let failed = |e| Error::data("the text cannot be tokenized").source(e);
     let mut tokens = vec![model.end_of_text];
     tokens.extend_from_slice(tokenizer.encode_fast(prompt, false).map_err(failed)?.get_ids());
+    check_tokens(tokens.iter(), model.config.vocab).map_err(|e| e.file(checkpoint.display()))?;
     let prompt_len = tokens.len();
     let context = model.config.context;
     let mut engine = Engine::new(&model.config, model.parameters, device, Precision::F32)?;

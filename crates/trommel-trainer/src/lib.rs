@@ -14,12 +14,22 @@ pub mod documents;
 pub mod engine;
 /// How well a model predicts held-out documents.
 pub mod evaluate;
+/// A model in the formats that other programs open.
+pub mod export;
 /// Fine-tuning with early stop.
 pub mod finetune;
 /// Text from a model.
 pub mod generate;
 /// The stream of training tokens of a folder of shards.
 pub mod loader;
+/// Training sequences drawn from the clusters of a corpus.
+pub mod mixture;
+/// A model as one file for llama.cpp.
+mod gguf;
+/// A tokenizer as the metadata of that file.
+mod gguf_tokenizer;
+/// `config.json` of a model, in the words of `transformers`.
+mod llama_config;
 /// One line per training step.
 pub mod log;
 /// The shape of the model, its presets, and what it costs.
@@ -30,7 +40,13 @@ mod native;
 pub mod parameters;
 /// Pretraining on shards.
 pub mod pretrain;
+/// The projected network.
+pub mod projected;
 /// How a model is trained, as functions of model size and token budget.
 pub mod recipe;
+/// What a pretraining reads.
+mod training_data;
 /// The model on candle's tape.
 pub mod tape;
+/// The weights of a model as safetensors.
+mod weights;

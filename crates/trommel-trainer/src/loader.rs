@@ -20,8 +20,9 @@ use crate::batch::{Batch, Source};
 
 /// The column of a shard that holds a window's tokens.
 const TOKENS: &str = "tokens";
-/// Windows that are read at once.
+/// Windows that are read at once; over all clusters, where shards are read by cluster.
 const ROWS: usize = 256;
+const ROWS_OF_CLUSTERS: usize = 4096;
 
 /// A place in the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +48,7 @@ pub struct Loader {
     /// Rows of the open shard, and how many of them are read; `None` before the shard is opened.
     reader: Option<Box<ParquetRecordBatchReader>>,
     rows: Vec<Vec<u32>>,
+    rows_at_once: usize,
     /// The row of the shard that `rows` begins with.
     first_row: u64,
     /// Whether a window was seen since the epoch began.
@@ -106,9 +108,37 @@ impl Loader {
                     .hint("run the pipeline's stage `shard` again"));
             }
         }
+        Ok(Self::over(folder, manifest, ROWS))
+    }
+
+    /// One reader for each cluster that `wanted` names, over the shards of a folder that was written by cluster. Windows that are
+    /// held at once are bounded over all of them.
+    pub fn open_clusters(folder: &Path, vocab: usize, wanted: &[u32]) -> Result<Vec<Loader>> {
+        let whole = Self::open(folder, vocab)?.manifest;
+        let rows = (ROWS_OF_CLUSTERS / wanted.len().max(1)).clamp(2, ROWS);
+        let of = |cluster: &u32| {
+            let shards: Vec<_> = whole.shards.iter().filter(|s| s.cluster_id == Some(*cluster)).cloned().collect();
+            if shards.is_empty() {
+                let place = folder.join(Manifest::FILE);
+                return Err(Error::data(format!("cluster {cluster} has no text in the shards"))
+                    .file(place.display())
+                    .hint("write the shards with `shard: {by: cluster}`, on the corpus that the histogram was counted on"));
+            }
+            let tokens = shards.iter().map(|s| s.tokens).sum();
+            Ok(Self::over(folder, Manifest { shards, tokens, ..whole.clone() }, rows))
+        };
+        wanted.iter().map(of).collect()
+    }
+
+    fn over(folder: &Path, manifest: Manifest, rows_at_once: usize) -> Loader {
         let position = Position { epoch: 0, shard: 0, row: 0, offset: 0, previous: manifest.end_of_text };
-        let folder = folder.to_path_buf();
-        Ok(Loader { folder, manifest, position, reader: None, rows: Vec::new(), first_row: 0, progressed: false })
+        let (folder, rows) = (folder.to_path_buf(), Vec::new());
+        Loader { folder, manifest, position, reader: None, rows, rows_at_once, first_row: 0, progressed: false }
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// What the folder says of itself.
@@ -195,7 +225,7 @@ impl Loader {
                 .hint("run the pipeline's stage `shard` again")
         };
         if self.reader.is_none() {
-            self.reader = Some(Box::new(open(&path, self.position.row)?));
+            self.reader = Some(Box::new(open(&path, self.position.row, self.rows_at_once)?));
         }
         let Some(batch) = self.reader.as_mut().and_then(Iterator::next) else { return Ok(Vec::new()) };
         let batch = batch.map_err(|e| damaged(e.into()))?;
@@ -211,7 +241,7 @@ impl Loader {
     }
 }
 
-fn open(path: &Path, row: u64) -> Result<ParquetRecordBatchReader> {
+fn open(path: &Path, row: u64, rows_at_once: usize) -> Result<ParquetRecordBatchReader> {
     let damaged = |e: Box<dyn std::error::Error + Send + Sync>| {
         Error::data("the shard cannot be opened").file(path.display()).source(e).hint("run the pipeline's stage `shard` again")
     };
@@ -221,7 +251,7 @@ fn open(path: &Path, row: u64) -> Result<ParquetRecordBatchReader> {
         return Err(Error::data(format!("the shard has no column `{TOKENS}`")).file(path.display()));
     };
     let tokens = ProjectionMask::roots(builder.parquet_schema(), [column]);
-    let reader = builder.with_projection(tokens).with_batch_size(ROWS).with_offset(row as usize).build();
+    let reader = builder.with_projection(tokens).with_batch_size(rows_at_once).with_offset(row as usize).build();
     reader.map_err(|e| damaged(e.into()))
 }
 
@@ -273,6 +303,7 @@ mod tests {
                 tokens,
                 bytes: 0,
                 checksum: i.to_string(),
+                cluster_id: None,
             });
         }
         let tokens = described.iter().map(|shard| shard.tokens).sum();

@@ -49,13 +49,51 @@ pub struct Config {
     pub rope_theta: f64,
     /// Added to the mean square before its root is taken; 1e-5 in every preset.
     pub norm_eps: f64,
+    /// What makes it a projected network: many such models in one. `None` for a plain model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub projection: Option<Projection>,
 }
+
+/// How a projected network makes the MLP of an expert. [PE 2.5]
+///
+/// In layer `l`, expert `i` has the coefficients `alpha_r = sum_q E[i,q] M^(l)[q,r]`, and its MLP is
+/// `W = sum_r alpha_r T^(l)_r`: all three (or two) matrices as one vector, since they share the coefficients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Projection {
+    /// Experts, one per cluster: `k`.
+    pub experts: usize,
+    /// Numbers of an expert's own vector `E_i`: `m`; `k` unless set.
+    pub expert_size: usize,
+    /// MLPs that the basis `T` holds in each layer: `h`.
+    pub capacity: usize,
+    /// Whether `E` and `M` stay as they begin: with `h = k` this is the hard mixture of MLPs.
+    pub frozen: bool,
+}
+
+impl Projection {
+    /// A network of `experts` experts: one MLP that all share, and one of its own for each.
+    pub fn new(experts: usize) -> Self {
+        Projection { experts, expert_size: experts, capacity: experts + 1, frozen: false }
+    }
+
+    /// `h = k, E_i = delta_i, M = I`, kept so: each expert has an MLP of its own and shares the rest. [PE 2.5]
+    pub fn hard_mixture(experts: usize) -> Self {
+        Projection { experts, expert_size: experts, capacity: experts, frozen: true }
+    }
+}
+
+/// The most experts, or MLPs in a basis.
+const MIXED_MAX: usize = 65_536;
+/// No model that fits a machine has more, and what is counted or laid out below stays far from overflow.
+const MOST_PARAMETERS: f64 = 1e12;
 
 /// The presets: name, width, layers, heads, mlp, activation, context.
 ///
-/// At a vocabulary of 4,096 they have 1.1, 2.6, 4.3, 7.6, 27.8 and 92.3 million parameters; `slm-9m` has 8.7 million at a
+/// At a vocabulary of 4,096 they have 0.6, 1.1, 2.6, 4.3, 7.6, 27.8 and 92.3 million parameters; `slm-9m` has 8.7 million at a
 /// vocabulary of 8,192. `slm-126m` is the paper's small model, with its vocabulary of 32,000. [PE 3]
-const PRESETS: [(&str, usize, usize, usize, usize, Activation, usize); 6] = [
+const PRESETS: [(&str, usize, usize, usize, usize, Activation, usize); 7] = [
+    ("slm-600k", 96, 2, 4, 256, Activation::SwiGlu, 1024),
     ("slm-1m", 128, 3, 4, 352, Activation::SwiGlu, 1024),
     ("slm-3m", 192, 4, 6, 512, Activation::SwiGlu, 1024),
     ("slm-5m", 256, 4, 8, 704, Activation::SwiGlu, 1024),
@@ -78,7 +116,7 @@ pub fn preset(name: &str, vocab: usize) -> Result<Config> {
             Error::config(format!("unknown model `{name}`; did you mean `{nearest}`?")).hint(format!("known models: {known}"))
         );
     };
-    Ok(Config { vocab, width, layers, heads, mlp, activation, context, rope_theta: 10_000.0, norm_eps: 1e-5 })
+    Ok(Config { vocab, width, layers, heads, mlp, activation, context, rope_theta: 10_000.0, norm_eps: 1e-5, projection: None })
 }
 
 /// Characters to insert, delete or replace until two names are equal. [Levenshtein 1966]
@@ -111,20 +149,53 @@ impl Config {
             let (width, heads) = (self.width, self.heads);
             return Err(Error::config(format!("a width of {width} does not split into {heads} heads of even size")));
         }
+        if let Some(Projection { experts, expert_size, capacity, .. }) = self.projection {
+            let sizes = [("experts", experts), ("numbers per expert", expert_size), ("MLPs in the basis", capacity)];
+            if let Some((name, n)) = sizes.into_iter().find(|(_, n)| *n == 0 || *n > MIXED_MAX) {
+                return Err(Error::config(format!("a projected network of {n} {name}")).hint(format!("use 1 to {MIXED_MAX}")));
+            }
+        }
         if u32::try_from(self.vocab).is_err() {
             return Err(Error::config(format!("a vocabulary of {} tokens exceeds 32 bits", self.vocab)));
+        }
+        let [vocab, width, layers, _, mlp, _] = sizes.map(|size| size as f64);
+        let parameters = vocab * width + layers * width * (4.0 * width + 3.0 * mlp);
+        if parameters > MOST_PARAMETERS {
+            return Err(Error::config(format!("a model of {parameters:.0e} parameters is too large")));
         }
         Ok(())
     }
 
+    /// A [`Error::config`] if this is a projected network, where one model is needed.
+    pub fn check_plain(&self) -> Result<()> {
+        if self.projection.is_some() {
+            let error = Error::config("a projected network is many models, and one is needed");
+            return Err(error.hint("`trommel project` makes one of it"));
+        }
+        Ok(())
+    }
+
+    /// The small model that one expert projects to; the model itself if it is plain.
+    pub fn plain(&self) -> Config {
+        Config { projection: None, ..self.clone() }
+    }
+
+    /// Numbers in the matrices of one block's MLP.
+    pub fn mlp_weights(&self) -> usize {
+        (self.activation.packed() + 1) * self.width * self.mlp
+    }
+
     /// Numbers in the weight matrices of one block.
     fn block_weights(&self) -> usize {
-        4 * self.width * self.width + (self.activation.packed() + 1) * self.width * self.mlp
+        4 * self.width * self.width + self.mlp_weights()
     }
 
     /// All parameters; the embedding, which is also the output layer, counts once.
     pub fn parameters(&self) -> usize {
-        self.vocab * self.width + self.layers * (self.block_weights() + 2 * self.width) + self.width
+        let plain = self.vocab * self.width + self.layers * (self.block_weights() + 2 * self.width) + self.width;
+        let Some(Projection { experts, expert_size, capacity, .. }) = self.projection else { return plain };
+        let basis = self.layers * (capacity * self.mlp_weights() + expert_size * capacity);
+        plain - self.layers * self.mlp_weights() + basis + experts * expert_size
     }
 
     /// Floating-point operations of the forward pass per token, at sequences of `context` tokens:
@@ -139,7 +210,8 @@ impl Config {
     }
 
     /// Operations of forward and backward pass per token: three times the forward pass, because each product has two
-    /// gradients of its own size. [Kaplan et al., arXiv 2001.08361]
+    /// gradients of its own size. [Kaplan et al., arXiv 2001.08361] What a projected network adds once per step (mixing its
+    /// experts, and its optimizer) is not counted: it does not grow with the tokens.
     pub fn training_flops_per_token(&self, context: usize) -> f64 {
         3.0 * self.forward_flops_per_token(context)
     }
@@ -152,7 +224,9 @@ mod tests {
     #[test]
     fn presets_have_the_sizes_that_their_names_say() {
         let sizes = [("slm-1m", 4096, 1.1), ("slm-3m", 4096, 2.6), ("slm-5m", 8192, 5.3), ("slm-9m", 8192, 8.7)];
-        for (name, vocab, millions) in sizes.into_iter().chain([("slm-30m", 8192, 29.9), ("slm-126m", 32_000, 120.9)]) {
+        for (name, vocab, millions) in
+            sizes.into_iter().chain([("slm-600k", 4096, 0.6)]).chain([("slm-30m", 8192, 29.9), ("slm-126m", 32_000, 120.9)])
+        {
             let config = preset(name, vocab).unwrap();
             config.check().unwrap();
             let rounded = (config.parameters() as f64 / 1e5).round() / 10.0;
@@ -176,7 +250,10 @@ mod tests {
 
     #[test]
     fn sizes_that_do_not_fit_are_refused() {
-        let config = Config { heads: 5, ..preset("slm-1m", 100).unwrap() };
-        assert!(config.check().is_err());
+        for config in
+            [(5, 352), (0, 352), (4, usize::MAX)].map(|(heads, mlp)| Config { heads, mlp, ..preset("slm-1m", 100).unwrap() })
+        {
+            assert!(config.check().is_err(), "{config:?}");
+        }
     }
 }

@@ -6,13 +6,20 @@
 //! ```text
 //!   embedding | norm  query key value  output  norm  gate up  down | ... one group per layer ... | norm
 //! ```
+//!
+//! A projected network has, in place of the MLP of a layer, its basis and its mixing matrix, and the experts' vectors at
+//! the end; the other tensors are those of the plain model.
+//!
+//! ```text
+//!   embedding | norm  query key value  output  norm  basis mixing | ... | norm | experts
+//! ```
 
 use std::ops::Range;
 
 use rand::RngCore;
 use trommel_core::seed::{Stream, unit};
 
-use crate::model::{Activation, Config};
+use crate::model::{Activation, Config, Projection};
 
 /// One named tensor within the flat buffer.
 #[derive(Debug, Clone)]
@@ -23,20 +30,50 @@ pub struct Slot {
     pub shape: Vec<usize>,
     /// Where its numbers lie.
     pub range: Range<usize>,
-    /// Standard deviation at the start; `None` for a gain, which starts at one.
-    deviation: Option<f64>,
+    start: Start,
+}
+
+/// How a tensor begins.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Start {
+    /// At one: a gain.
+    One,
+    /// From a normal distribution of this standard deviation.
+    Normal(f64),
+    /// As a part of the start of a projected network; see [`Layout::initial`].
+    Projection,
 }
 
 impl Slot {
-    /// Whether weight decay applies: to matrices, not to gains.
+    /// Whether weight decay applies: to matrices of weights; not to gains, nor to what mixes the experts.
     pub fn decays(&self) -> bool {
-        self.deviation.is_some()
+        match self.start {
+            Start::One => false,
+            Start::Normal(_) => true,
+            Start::Projection => self.name.ends_with(BASIS),
+        }
+    }
+
+    /// Whether training leaves it as it began.
+    pub(crate) fn is_frozen(&self, config: &Config) -> bool {
+        config.projection.is_some_and(|p| p.frozen) && self.start == Start::Projection && !self.is_basis()
+    }
+
+    /// Whether this is the basis of a layer, whose gradient is never formed.
+    pub(crate) fn is_basis(&self) -> bool {
+        self.start == Start::Projection && self.name.ends_with(BASIS)
     }
 }
+
+/// Tensors of a projected network: a layer's `T` (h, numbers of an MLP) and `M` (m, h), and the experts' `E` (k, m).
+const BASIS: &str = "mlp.basis";
+const MIXING: &str = "mlp.mixing";
+const EXPERTS: &str = "model.experts";
 
 /// Every tensor of a model, in the order of the flat buffer.
 #[derive(Debug, Clone)]
 pub struct Layout {
+    config: Config,
     slots: Vec<Slot>,
 }
 
@@ -48,15 +85,39 @@ impl Layout {
     /// its variance does not grow with depth. [Radford et al. 2019, 2.3] The embedding starts at `N(0, 0.02^2)`: being the
     /// output layer too, a larger one would begin by predicting that each token repeats.
     pub fn new(config: &Config) -> Self {
+        let plain = Self::plain(config);
+        let Some(Projection { experts, expert_size, capacity, .. }) = config.projection else { return plain };
+        let mut slots: Vec<Slot> = Vec::new();
+        let mut add = |name: String, shape: Vec<usize>, start: Start| {
+            let from = slots.last().map_or(0, |slot| slot.range.end);
+            slots.push(Slot { name, range: from..from + shape.iter().product::<usize>(), shape, start });
+        };
+        for slot in plain.slots {
+            match slot.name.split_once(".mlp.") {
+                None => add(slot.name, slot.shape, slot.start),
+                // The last matrix of a layer's MLP stands for all of them.
+                Some((layer, "down_proj.weight")) => {
+                    add(format!("{layer}.{BASIS}"), vec![capacity, config.mlp_weights()], Start::Projection);
+                    add(format!("{layer}.{MIXING}"), vec![expert_size, capacity], Start::Projection);
+                }
+                Some(_) => {}
+            }
+        }
+        add(EXPERTS.to_owned(), vec![experts, expert_size], Start::Projection);
+        Layout { config: config.clone(), slots }
+    }
+
+    fn plain(config: &Config) -> Self {
         let (width, mlp) = (config.width, config.mlp);
         let deviation = 0.5 / (width as f64).sqrt();
         let residual = deviation / (2.0 * config.layers as f64).sqrt();
         let mut slots = Vec::new();
         let mut end = 0;
         let mut add = |name: String, shape: &[usize], deviation: Option<f64>| {
-            let start = end;
+            let from = end;
             end += shape.iter().product::<usize>();
-            slots.push(Slot { name, shape: shape.to_vec(), range: start..end, deviation });
+            let start = deviation.map_or(Start::One, Start::Normal);
+            slots.push(Slot { name, shape: shape.to_vec(), range: from..end, start });
         };
         add("model.embed_tokens.weight".into(), &[config.vocab, width], Some(0.02));
         for layer in 0..config.layers {
@@ -75,7 +136,7 @@ impl Layout {
             add("mlp.down_proj", &[width, mlp], Some(residual));
         }
         add("model.norm.weight".into(), &[width], None);
-        Layout { slots }
+        Layout { config: config.plain(), slots }
     }
 
     /// The tensors, in the order of the buffer.
@@ -93,11 +154,45 @@ impl Layout {
         self.slots.is_empty()
     }
 
+    /// The slot of this name.
+    pub fn slot(&self, name: &str) -> Option<&Slot> {
+        self.slots.iter().find(|slot| slot.name == name)
+    }
+
     /// Parameters at the start. Each tensor is drawn from a stream of its own name, so its numbers depend on nothing else.
+    ///
+    /// A projected network starts with every expert equal to the plain model of the same seed: the first MLP of the basis
+    /// is the plain one with coefficient 1, and the others are zero. Each expert has one of the others of its own if there
+    /// are enough (`alpha_i = [1, delta_i]`), else a mixture of them of length 1, so that experts can drift apart. The hard
+    /// mixture (`h = k`, frozen) has `alpha_i = delta_i`, and the plain MLP everywhere. The paper leaves the start open.
     pub fn initial(&self, seed: u64) -> Vec<f32> {
+        let config = &self.config;
+        let Some(projection) = config.projection else { return self.initial_plain(seed) };
+        let (plain, mut parameters) = (Self::plain(config), vec![0.0; self.len()]);
+        let start = plain.initial_plain(seed);
+        let mixing = mixing_at_start(projection, seed);
+        let mut layers = 0..config.layers;
+        for slot in &self.slots {
+            let target = &mut parameters[slot.range.clone()];
+            if let Some(same) = plain.slot(&slot.name) {
+                target.copy_from_slice(&start[same.range.clone()]);
+            } else if slot.is_basis() {
+                let mlp = layers.next().map_or(0..0, |layer| mlp_range(config, layer));
+                let copies = if projection.frozen { projection.capacity } else { 1 };
+                target.chunks_exact_mut(mlp.len()).take(copies).for_each(|t| t.copy_from_slice(&start[mlp.clone()]));
+            } else if slot.name == EXPERTS {
+                (0..projection.experts).for_each(|i| target[i * projection.expert_size + i % projection.expert_size] = 1.0);
+            } else {
+                target.copy_from_slice(&mixing);
+            }
+        }
+        parameters
+    }
+
+    fn initial_plain(&self, seed: u64) -> Vec<f32> {
         let mut parameters = vec![1.0; self.len()];
         for slot in &self.slots {
-            let Some(deviation) = slot.deviation else { continue };
+            let Start::Normal(deviation) = slot.start else { continue };
             let mut generator = Stream::new(seed, &format!("init:{}", slot.name)).generator();
             for pair in parameters[slot.range.clone()].chunks_mut(2) {
                 // Box and Muller: two uniform numbers make two normal ones. The first lies in (0, 1].
@@ -110,6 +205,35 @@ impl Layout {
         }
         parameters
     }
+}
+
+/// `M` of every layer at the start, (m, h); see [`Layout::initial`].
+fn mixing_at_start(projection: Projection, seed: u64) -> Vec<f32> {
+    let Projection { expert_size, capacity, frozen, .. } = projection;
+    let mut mixing = vec![0.0; expert_size * capacity];
+    let mut generator = Stream::new(seed, "init:mixing").generator();
+    for (q, row) in mixing.chunks_exact_mut(capacity).enumerate() {
+        if frozen {
+            row[q % capacity] = 1.0;
+            continue;
+        }
+        let (shared, own) = row.split_at_mut(1);
+        shared[0] = 1.0;
+        if own.len() >= expert_size {
+            own[q] = 1.0;
+        } else {
+            own.iter_mut().for_each(|x| *x = (2.0 * unit(generator.next_u64()) - 1.0) as f32);
+            let length = own.iter().map(|x| x * x).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
+            own.iter_mut().for_each(|x| *x /= length);
+        }
+    }
+    mixing
+}
+
+/// Where the MLP of layer `layer` lies in the buffer of the plain model: gate, up and down without a gap.
+pub(crate) fn mlp_range(config: &Config, layer: usize) -> Range<usize> {
+    let [.., up, down] = layer_ranges(config, layer);
+    up.start..down.end
 }
 
 /// The groups of one layer, as sizes in the order of the buffer: norm, query-key-value, output, norm, up (with gate), down.

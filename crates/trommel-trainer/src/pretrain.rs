@@ -1,4 +1,4 @@
-//! Pretraining: one pass of a model over a folder of shards.
+//! Pretraining: a model over a folder of shards.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -10,17 +10,28 @@ use trommel_core::key::Key;
 use trommel_core::manifest::Manifest;
 use trommel_core::progress::{Interrupt, Progress};
 
-use crate::batch::{Dealer, Dealt};
 use crate::checkpoint::{self, Model, Unfinished};
 use crate::engine::Engine;
-use crate::loader::{Loader, Position};
 use crate::log::{Entry, Log};
+use crate::mixture::Share;
 use crate::model::Config;
 use crate::parameters::Layout;
-use crate::recipe::Recipe;
+use crate::recipe::{Recipe, Schedule};
+use crate::training_data::{Place, TrainingData};
 
 /// Raised when the same plan would train to other weights, so that old checkpoints are not continued.
 const VERSION: u32 = 1;
+
+/// Which steps of its schedule a pretraining takes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// All of them.
+    Whole,
+    /// Those before the decay of [`Schedule::Wsd`]: a trunk that many domains share. Its checkpoint keeps the moments.
+    Trunk,
+    /// The decay only, from the trunk in this checkpoint on.
+    Decay(PathBuf),
+}
 
 /// What to pretrain, on what, and where to.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,6 +48,10 @@ pub struct PretrainPlan {
     pub seed: u64,
     /// Folder of the shards.
     pub shards: PathBuf,
+    /// The shares of its clusters, if it was written by cluster; `None` reads the shards in order.
+    pub mixture: Option<Vec<Share>>,
+    /// Which steps to take.
+    pub part: Part,
     /// Folder that gets `checkpoint/` and `log.jsonl`.
     pub out: PathBuf,
 }
@@ -52,7 +67,7 @@ pub struct TrainReport {
     pub steps: u64,
     /// Tokens trained on, repeats included.
     pub tokens: u64,
-    /// Whole passes over the shards.
+    /// Whole passes over the shards; over the cluster that was read most often, if they are read by cluster.
     pub epochs: u64,
     /// Mean loss of the last tenth of the steps, in nats per token.
     pub loss: f64,
@@ -69,7 +84,7 @@ pub struct TrainReport {
 struct State {
     fingerprint: String,
     step: u64,
-    position: Dealt<Position>,
+    position: Place,
     #[serde(with = "checkpoint::exact")]
     last_losses: f64, // sum over the steps of the last tenth
     #[serde(with = "checkpoint::exact")]
@@ -80,14 +95,14 @@ struct State {
 /// Trains `plan.model` on `plan.shards`, or continues where an earlier call stopped; the result has the same bits either way.
 pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, interrupt: &Interrupt) -> Result<TrainReport> {
     plan.check()?;
-    let loader = Loader::open(&plan.shards, plan.model.vocab)?;
-    let (fingerprint, end_of_text) = (plan.fingerprint(&loader)?, loader.manifest().end_of_text);
-    let mut source = Dealer::new(loader, plan.context);
+    let mut data = TrainingData::open(plan)?;
+    let (fingerprint, end_of_text) = (plan.fingerprint(&data)?, data.end_of_text());
     let (folder, tokenizer) = (plan.out.join(checkpoint::FOLDER), plan.shards.join(Manifest::TOKENIZER));
-    let steps = plan.recipe.steps(plan.tokens, plan.context);
+    let all_steps = plan.recipe.steps(plan.tokens, plan.context);
+    let (first, steps) = plan.part.steps(all_steps);
     let sequences = plan.recipe.sequences(plan.context);
     let tokens_per_step = (sequences * plan.context) as u64;
-    let last_tenth = steps - steps.div_ceil(10);
+    let last_tenth = steps - (steps - first).div_ceil(10);
 
     // Start, or continue.
     let (mut state, mut engine) = match checkpoint::read_state::<State>(&folder)? {
@@ -97,28 +112,28 @@ pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, i
             let mut engine =
                 Engine::new(&plan.model, checkpoint::read_model(&folder)?.parameters, device, plan.recipe.precision)?;
             engine.set_moments(checkpoint::read_unfinished(&folder, &plan.model)?.moments)?;
-            source.seek(state.position)?;
+            data.seek(state.position.clone())?;
             progress.line(&format!("continuing at step {} of {steps}", state.step));
             (state, engine)
         }
         None => {
-            let parameters = Layout::new(&plan.model).initial(plan.seed);
-            let position = source.position();
-            let state = State { fingerprint, step: 0, position, last_losses: 0.0, seconds: 0.0, finished: false };
-            (state, Engine::new(&plan.model, parameters, device, plan.recipe.precision)?)
+            let position = data.place();
+            let state = State { fingerprint, step: first, position, last_losses: 0.0, seconds: 0.0, finished: false };
+            (state, plan.start(device)?)
         }
     };
     let save = |engine: &Engine, state: &State| {
         let model = Model { config: plan.model.clone(), end_of_text, parameters: engine.parameters()? };
-        let unfinished =
-            (!state.finished).then(|| engine.moments().map(|moments| Unfinished { moments, best: None })).transpose()?;
+        let unfinished = (!state.finished || plan.part == Part::Trunk)
+            .then(|| engine.moments().map(|moments| Unfinished { moments, best: None }))
+            .transpose()?;
         checkpoint::save(&folder, &model, &tokenizer, unfinished.as_ref(), state)
     };
     let mut log = Log::open(&plan.out, state.step)?;
     let micro_batch = engine.micro_batch(plan.context);
     let save_every = checkpoint_steps(plan.model.training_flops_per_token(plan.context) * tokens_per_step as f64, device);
-    progress.begin("pretrain", Some(steps * tokens_per_step), "tokens");
-    progress.advance(state.step * tokens_per_step);
+    progress.begin("pretrain", Some((steps - first) * tokens_per_step), "tokens");
+    progress.advance((state.step - first) * tokens_per_step);
 
     while state.step < steps {
         if let Err(stopped) = interrupt.check() {
@@ -127,35 +142,37 @@ pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, i
         }
         let start = Instant::now();
 
-        // Add up the gradient of the step's mean loss, some sequences at a time.
+        // Add up the gradient of the step's mean loss, some sequences at a time, expert by expert.
         let mut loss = 0.0;
-        for first in (0..sequences).step_by(micro_batch) {
-            let batch = source.deal(micro_batch.min(sequences - first))?;
-            loss += engine.accumulate(&batch, 1.0 / tokens_per_step as f32)? / tokens_per_step as f64;
+        for (expert, batch) in data.deal(sequences, plan.context)? {
+            engine.select_expert(expert);
+            for batch in batch.parts(micro_batch) {
+                loss += engine.accumulate(&batch, 1.0 / tokens_per_step as f32)? / tokens_per_step as f64;
+            }
         }
         let norm = engine.gradient_norm()?;
         if !loss.is_finite() || !norm.is_finite() {
             let message = format!("the loss of step {} is {loss}, and the gradient's norm {norm}", state.step + 1);
-            let place = format!("{} ({})", plan.shards.display(), source.source().describe(source.position().start));
+            let place = format!("{} ({})", plan.shards.display(), data.describe());
             let hint = "lower the learning rate, or look at these rows; the last checkpoint is kept";
             return Err(Error::data(message).file(place).hint(hint));
         }
 
         // Step.
-        let rate = plan.recipe.rate(state.step, steps);
+        let rate = plan.recipe.rate(state.step, all_steps);
         engine.step(&plan.recipe, state.step, rate, norm)?;
         if state.step >= last_tenth {
             state.last_losses += loss;
         }
         let seconds = start.elapsed().as_secs_f64();
-        state = State { step: state.step + 1, position: source.position(), seconds: state.seconds + seconds, ..state };
+        state = State { step: state.step + 1, position: data.place(), seconds: state.seconds + seconds, ..state };
         state.finished = state.step == steps;
 
         // Log.
         let tokens_per_second = tokens_per_step as f64 / seconds;
         log.write(&Entry {
             step: state.step,
-            tokens: state.step * tokens_per_step,
+            tokens: (state.step - first) * tokens_per_step,
             loss,
             learning_rate: rate,
             gradient_norm: norm,
@@ -181,7 +198,33 @@ fn checkpoint_steps(flops: f64, device: &Device) -> u64 {
     (per_minute / flops).ceil().max(1.0) as u64
 }
 
+impl Part {
+    /// The first step to take and the end, of `all`.
+    fn steps(&self, all: u64) -> (u64, u64) {
+        match self {
+            Part::Whole => (0, all),
+            Part::Trunk => (0, Recipe::decay_begins(all)),
+            Part::Decay(_) => (Recipe::decay_begins(all), all),
+        }
+    }
+}
+
 impl PretrainPlan {
+    /// The model at the first step.
+    fn start(&self, device: &Device) -> Result<Engine> {
+        let Part::Decay(trunk) = &self.part else {
+            let parameters = Layout::new(&self.model).initial(self.seed);
+            return Engine::new(&self.model, parameters, device, self.recipe.precision);
+        };
+        let model = checkpoint::read_model(trunk)?;
+        if model.config != self.model {
+            return Err(Error::config("the trunk is a model of another shape").file(trunk.display()));
+        }
+        let mut engine = Engine::new(&self.model, model.parameters, device, self.recipe.precision)?;
+        engine.set_moments(checkpoint::read_unfinished(trunk, &self.model)?.moments)?;
+        Ok(engine)
+    }
+
     fn check(&self) -> Result<()> {
         self.model.check()?;
         if self.context == 0 || self.context > self.model.context {
@@ -191,26 +234,51 @@ impl PretrainPlan {
         if self.tokens == 0 {
             return Err(Error::config("the token budget is zero"));
         }
+        if self.part != Part::Whole && self.recipe.schedule != Schedule::Wsd {
+            return Err(Error::config("a trunk needs the schedule `wsd`, whose rate is constant before its decay"));
+        }
+        let experts = self.model.projection.map_or(1, |p| p.experts);
+        if let Some(share) = self.mixture.iter().flatten().find(|share| share.share > 0.0 && share.expert >= experts) {
+            let message =
+                format!("cluster {} belongs to expert {}, and the model has {experts}", share.cluster_id, share.expert);
+            return Err(Error::config(message).hint("give the model one expert for each cluster of the level it is trained on"));
+        }
+        if self.model.projection.is_some() && self.mixture.is_none() {
+            return Err(Error::config("a projected network needs shards by cluster")
+                .file(self.shards.display())
+                .hint("set `shard: {by: cluster}` in the pipeline file"));
+        }
         Ok(())
     }
 
     /// A name of everything that the trained weights depend on.
-    fn fingerprint(&self, loader: &Loader) -> Result<String> {
-        let parts =
-            (VERSION, &self.model, self.context, self.tokens, &self.recipe, self.seed, loader.fingerprint().to_string());
-        let text = serde_json::to_string(&parts).map_err(|e| Error::internal("a plan cannot be written as JSON").source(e))?;
-        Ok(Key::of([text]).to_string())
+    fn fingerprint(&self, data: &TrainingData) -> Result<String> {
+        let parts = (VERSION, &self.model, self.context, self.tokens, &self.recipe, self.seed, data.fingerprint().to_string());
+        let mut parts =
+            vec![serde_json::to_string(&parts).map_err(|e| Error::internal("a plan cannot be written as JSON").source(e))?];
+        match &self.part {
+            Part::Whole => {}
+            Part::Trunk => parts.push("trunk".to_owned()),
+            Part::Decay(trunk) => {
+                let model = checkpoint::read_model(trunk)?;
+                let bytes: Vec<u8> = model.parameters.iter().flat_map(|p| p.to_le_bytes()).collect();
+                parts.push(format!("decay {}", Key::of_bytes(&bytes)));
+            }
+        }
+        Ok(Key::of(parts).to_string())
     }
 
     fn report(&self, state: &State, cached: bool) -> TrainReport {
-        let tokens = state.step * (self.recipe.sequences(self.context) * self.context) as u64;
+        let first = self.part.steps(self.recipe.steps(self.tokens, self.context)).0;
+        let steps = state.step - first;
+        let tokens = steps * (self.recipe.sequences(self.context) * self.context) as u64;
         TrainReport {
             checkpoint: self.out.join(checkpoint::FOLDER),
             parameters: self.model.parameters() as u64,
-            steps: state.step,
+            steps,
             tokens,
-            epochs: state.position.start.epoch,
-            loss: state.last_losses / state.step.div_ceil(10) as f64,
+            epochs: state.position.epochs(),
+            loss: state.last_losses / steps.div_ceil(10) as f64,
             seconds: state.seconds,
             flops: self.model.training_flops_per_token(self.context) * tokens as f64,
             cached,

@@ -104,6 +104,11 @@ impl Recipe {
         tokens.div_ceil((self.sequences(context) * context) as u64)
     }
 
+    /// The step at which [`Schedule::Wsd`] begins to decay, of `steps`: where a trunk ends.
+    pub fn decay_begins(steps: u64) -> u64 {
+        steps - (WSD_DECAY * steps as f64) as u64
+    }
+
     /// The learning rate of step `step`, from 0, of `steps`.
     pub fn rate(&self, step: u64, steps: u64) -> f64 {
         if step < self.warmup_steps {

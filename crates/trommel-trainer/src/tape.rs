@@ -23,6 +23,8 @@ pub struct Tape {
     parameters: Vec<Var>,
     gradients: Vec<Option<Tensor>>,
     moments: Vec<(Tensor, Tensor)>,
+    /// The expert whose model batches run through; of no meaning for a plain model.
+    expert: usize,
 }
 
 /// Tensors that belong to one layer: norm, query, key, value, output, norm, (gate), up, down.
@@ -56,6 +58,7 @@ impl Tape {
             sines: Tensor::from_slice(table.sines(), shape, device)?,
             gradients: vec![None; parameters.len()],
             moments: Vec::new(),
+            expert: 0,
             config: config.clone(),
             device: device.clone(),
             precision,
@@ -92,6 +95,48 @@ impl Tape {
         self.moments =
             self.layout.slots().iter().map(|slot| Ok((tensor(m, slot)?, tensor(v, slot)?))).collect::<Result<Vec<_>>>()?;
         Ok(())
+    }
+
+    /// Makes the next batches run through expert `i` of a projected network.
+    pub fn select_expert(&mut self, i: usize) {
+        self.expert = i;
+    }
+
+    /// The weights of the plain model, in the order of its layout. Those of a projected network's expert are mixed on the
+    /// tape, anew for each batch: `W = sum_r alpha_r T_r`, `alpha = M^T E_i`. [PE 2.5]
+    fn weights(&self) -> Result<Vec<Tensor>> {
+        let plain = Layout::new(&self.config.plain());
+        let mut weights = Vec::with_capacity(plain.slots().len());
+        let mut mixed: Option<(usize, Tensor)> = None; // where the layer's MLP begins in the plain buffer, and its numbers
+        for slot in plain.slots() {
+            let find = |name: &str| self.layout.slots().iter().position(|own| own.name == name);
+            if let Some(i) = find(&slot.name) {
+                weights.push(self.parameters[i].as_tensor().clone());
+                mixed = None;
+                continue;
+            }
+            let (first, mlp) = match mixed.take() {
+                Some(mixed) => mixed,
+                None => {
+                    let layer = slot.name.split_once(".mlp.").map_or("", |(layer, _)| layer);
+                    let tensor = |name: &str| find(name).map(|i| self.parameters[i].as_tensor());
+                    let own = (
+                        tensor(&format!("{layer}.mlp.basis")),
+                        tensor(&format!("{layer}.mlp.mixing")),
+                        tensor("model.experts"),
+                    );
+                    let (Some(basis), Some(mixing), Some(experts)) = own else {
+                        candle_core::bail!("the network has no tensor `{}`", slot.name)
+                    };
+                    let alpha = experts.narrow(0, self.expert, 1)?.matmul(mixing)?; // (1, h)
+                    (slot.range.start, alpha.matmul(basis)?.flatten_all()?)
+                }
+            };
+            let part = mlp.narrow(0, slot.range.start - first, slot.range.len())?;
+            weights.push(part.reshape(slot.shape.as_slice())?);
+            mixed = Some((first, mlp));
+        }
+        Ok(weights)
     }
 
     /// The negative log-likelihood of each target, (sequences * time); zero where there is none.
@@ -148,7 +193,7 @@ impl Tape {
         let wide = f64::from;
         let slots = self.layout.slots().iter().zip(&self.parameters).zip(&self.gradients);
         for (((slot, parameter), gradient), (m, v)) in slots.zip(&mut self.moments) {
-            let Some(gradient) = gradient else { continue };
+            let Some(gradient) = gradient.as_ref().filter(|_| !slot.is_frozen(&self.config)) else { continue };
             let g = (gradient * wide(f.gradient_scale))?;
             *m = ((&*m * wide(f.beta1))? + (&g * (1.0 - wide(f.beta1)))?)?;
             *v = ((&*v * wide(f.beta2))? + (g.sqr()? * (1.0 - wide(f.beta2)))?)?;
@@ -164,7 +209,8 @@ impl Tape {
     fn hidden(&self, batch: &Batch) -> Result<Tensor> {
         let config = &self.config;
         let (sequences, time, width) = (batch.sequences(), batch.time, config.width);
-        let weight = |i: usize| self.parameters[i].as_tensor();
+        let weights = self.weights()?;
+        let weight = |i: usize| &weights[i];
         let linear = |x: &Tensor, weight: &Tensor| linear(x, weight, self.precision);
         let tokens = Tensor::from_slice(&batch.tokens, sequences * time, &self.device)?;
         let mask = mask(&Tensor::from_slice(&batch.starts, (sequences, time), &self.device)?)?;
@@ -189,7 +235,7 @@ impl Tape {
             }
             x = (x + linear(&activate(&packed, config.activation)?, weight(names.down()))?)?;
         }
-        rms_norm(&x, weight(self.parameters.len() - 1), config.norm_eps)
+        rms_norm(&x, weight(weights.len() - 1), config.norm_eps)
     }
 }
 

@@ -4,7 +4,7 @@
 //! trommel-bench embed MODEL TEXTS.jsonl OUT.f32 THREADS f32|bf16
 //! trommel-bench nearest VECTORS.f32 CENTROIDS.f32 DIMENSIONS OUT.u32 THREADS f32|bf16
 //! trommel-bench kmeans VECTORS.f32 START.f32 DIMENSIONS ITERATIONS OUT.f32 THREADS
-//! trommel-bench train VOCAB BATCH CONTEXT f32|bf16 STEPS THREADS
+//! trommel-bench train VOCAB BATCH CONTEXT f32|bf16 STEPS THREADS [EXPERTS]      a projected network with EXPERTS
 //! ```
 //!
 //! Each round prints one line of JSON with its `seconds`; results go to `OUT`, after the clock has stopped.
@@ -25,7 +25,7 @@ use trommel_kernels::panels::Precision;
 use trommel_pipeline::cluster::kmeans::{self, Settings};
 use trommel_trainer::batch::Batch;
 use trommel_trainer::engine::Engine;
-use trommel_trainer::model::preset;
+use trommel_trainer::model::{Config, Projection, preset};
 use trommel_trainer::parameters::Layout;
 use trommel_trainer::recipe::Recipe;
 
@@ -52,9 +52,10 @@ fn main() -> anyhow::Result<()> {
             threads(count)?;
             fit(vectors, start, dimensions.parse()?, iterations.parse()?, out)
         }
-        ["train", vocab, batch, context, precision, steps, count] => {
+        ["train", vocab, batch, context, precision, steps, count, ref experts @ ..] => {
             threads(count)?;
-            train(vocab.parse()?, batch.parse()?, context.parse()?, precision, steps.parse()?)
+            let experts = experts.first().map(|n| n.parse()).transpose()?;
+            train(vocab.parse()?, batch.parse()?, context.parse()?, precision, steps.parse()?, experts)
         }
         _ => bail!("see the head of this program's source for what it takes"),
     }
@@ -101,8 +102,15 @@ fn fit(vectors: &str, start: &str, dimensions: usize, iterations: u32, out: &str
     })
 }
 
-fn train(vocab: usize, sequences: usize, context: usize, precision: &str, steps: u64) -> anyhow::Result<()> {
-    let config = preset("slm-9m", vocab)?;
+fn train(
+    vocab: usize,
+    sequences: usize,
+    context: usize,
+    precision: &str,
+    steps: u64,
+    experts: Option<usize>,
+) -> anyhow::Result<()> {
+    let config = Config { projection: experts.map(Projection::new), ..preset("slm-9m", vocab)? };
     let recipe = Recipe { precision: parse(precision)?, ..Recipe::pretraining(&config, 1_000_000) };
     let mut engine = Engine::new(&config, Layout::new(&config).initial(1), &Device::Cpu, recipe.precision)?;
     let stream = Stream::new(1, "peers");
@@ -112,12 +120,21 @@ fn train(vocab: usize, sequences: usize, context: usize, precision: &str, steps:
         batch.push(0, &(0..context).map(token).collect::<Vec<_>>(), 0);
     }
     let tokens = sequences * context;
+    // Equal parts of the sequences for each expert; all of them for a plain model.
+    let parts: Vec<Batch> = batch.parts(sequences.div_ceil(experts.unwrap_or(1))).collect();
+    let micro_batch = engine.micro_batch(context);
     let mut step = 0;
     serve(|| {
         let start = Instant::now();
         let mut loss = 0.0;
         for _ in 0..steps {
-            loss = engine.accumulate(&batch, 1.0 / tokens as f32)? / tokens as f64;
+            loss = 0.0;
+            for (expert, part) in parts.iter().enumerate() {
+                engine.select_expert(expert);
+                for batch in part.parts(micro_batch) {
+                    loss += engine.accumulate(&batch, 1.0 / tokens as f32)? / tokens as f64;
+                }
+            }
             let norm = engine.gradient_norm()?;
             // So low a rate that the loss stays that of the start, which both sides are compared by.
             engine.step(&recipe, step, 1e-9, norm)?;

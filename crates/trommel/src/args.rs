@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::project::ChoiceArgument;
+
 /// Screens a generic corpus for the part that one domain needs, and trains the small model on it.
 #[derive(Debug, Parser)]
 #[command(name = "trommel", version, max_term_width = 110)]
@@ -36,10 +38,14 @@ pub(crate) enum Command {
     Train(TrainArguments),
     /// Fine-tune a checkpoint on the documents of a domain.
     Finetune(FinetuneArguments),
+    /// Turn a projected network into the small model of one expert, or of a mixture of experts.
+    Project(ProjectArguments),
     /// Measure a checkpoint's perplexity on held-out documents.
     Eval(EvalArguments),
     /// Continue a text.
     Generate(GenerateArguments),
+    /// Write a checkpoint as a folder for `transformers` or a file for llama.cpp.
+    Export(ExportArguments),
     /// Make a static embedding table from a sentence encoder.
     DistillEmbedder(DistillArguments),
     /// Print the JSON Schema of a file format, for editors.
@@ -153,7 +159,7 @@ pub(crate) struct DocumentsArgument {
 
 #[derive(Debug, Args)]
 pub(crate) struct FinetuneArguments {
-    /// The checkpoint to start from, such as `runs/NAME/checkpoint`.
+    /// The checkpoint to start from, such as `runs/NAME/checkpoint`, or a Llama model that `transformers` saved.
     pub(crate) checkpoint: PathBuf,
     #[command(flatten)]
     pub(crate) documents: DocumentsArgument,
@@ -179,8 +185,40 @@ fn count(text: &str) -> Result<u64, String> {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct ProjectArguments {
+    /// The checkpoint of a projected network.
+    pub(crate) checkpoint: PathBuf,
+    /// Folder that gets `checkpoint/`, an ordinary small model.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// The expert to take, from 0, instead of a choice.
+    #[arg(long, value_name = "N", conflicts_with_all = ["choice", "run", "domain"])]
+    pub(crate) expert: Option<usize>,
+    /// How to choose for a domain.
+    #[arg(long, value_enum, default_value_t = ChoiceArgument::TopCluster)]
+    pub(crate) choice: ChoiceArgument,
+    /// The run directory that holds the domain's histogram.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run: Option<PathBuf>,
+    /// The domain, as the run names it.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) domain: Option<String>,
+    /// File, folder or glob of documents to try the experts on, for `lowest-loss`; not those to evaluate on later.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) documents: Option<String>,
+    /// The column of the documents that holds the text.
+    #[arg(long, default_value = "text", value_name = "COLUMN")]
+    pub(crate) text: String,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgument,
+    /// Print one JSON object instead of a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct EvalArguments {
-    /// The checkpoint.
+    /// The checkpoint, or a Llama model that `transformers` saved.
     pub(crate) checkpoint: PathBuf,
     #[command(flatten)]
     pub(crate) documents: DocumentsArgument,
@@ -193,7 +231,7 @@ pub(crate) struct EvalArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct GenerateArguments {
-    /// The checkpoint.
+    /// The checkpoint, or a Llama model that `transformers` saved.
     pub(crate) checkpoint: PathBuf,
     /// The text to continue.
     #[arg(long, default_value = "")]
@@ -216,6 +254,30 @@ pub(crate) struct GenerateArguments {
 
 fn temperature(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|t: &f64| t.is_finite() && *t >= 0.0).ok_or_else(|| "a number of at least 0".into())
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExportArguments {
+    /// The checkpoint, or a Llama model that `transformers` saved.
+    pub(crate) checkpoint: PathBuf,
+    /// The format to write.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub(crate) format: ExportFormat,
+    /// The new folder (hf) or file (gguf); nothing that exists is overwritten.
+    #[arg(long, value_name = "DIR_OR_FILE")]
+    pub(crate) out: PathBuf,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The formats of other programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ExportFormat {
+    /// A folder that `transformers` opens, with the tokenizer.
+    Hf,
+    /// One file that llama.cpp opens, with the tokenizer; not for the GELU of `slm-126m`.
+    Gguf,
 }
 
 #[derive(Debug, Args)]

@@ -1,14 +1,21 @@
-//! The comparison that ends a run: the same model pretrained on each method's text, fine-tuned on the domain, and
-//! evaluated on held-out documents.
+//! The comparison that ends a run: models pretrained on each method's text, fine-tuned on the domain, and evaluated on
+//! held-out documents.
 //!
-//! The test documents are read for the final evaluation only. What has to be chosen on the way, such as when to stop, is
-//! chosen on a tenth of the training documents, picked by a hash of their text.
+//! The test documents are read for the final evaluation only. What has to be chosen on the way, such as when to stop or
+//! which expert to take, is chosen on a tenth of the training documents, picked by a hash of their text.
+
+/// How a projected network, or a mixture of models, becomes one small model for a domain.
+pub(crate) mod choose;
+/// The figures, as rows and as a table.
+pub(crate) mod outcome;
+/// Which models a plan pretrains, on which text.
+mod pretrainings;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::Device;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use trommel_core::error::{Error, Result};
 use trommel_core::key::Key;
 use trommel_core::manifest::Manifest;
@@ -18,43 +25,42 @@ use trommel_core::seed::Stream;
 use trommel_core::storage::write_bytes;
 use trommel_kernels::panels;
 use trommel_pipeline::outputs::Outputs;
+use trommel_pipeline::proportions::Proportions;
 use trommel_pipeline::run::{StageReport, load_embedder};
 use trommel_pipeline::source::read_texts;
-use trommel_spec::pipeline::{Finetune, Method, Precision, Schedule, Train};
+use trommel_spec::pipeline::{Method, Precision, Schedule, ShardBy, Train};
 use trommel_spec::plan::{DomainSources, Plan, Source};
 use trommel_trainer::checkpoint;
 use trommel_trainer::evaluate::{Evaluation, evaluate};
-use trommel_trainer::finetune::{FinetunePlan, PATIENCE, Start, finetune};
-use trommel_trainer::model::preset;
-use trommel_trainer::pretrain::{PretrainPlan, pretrain};
+use trommel_trainer::finetune::{FinetunePlan, FinetuneReport, PATIENCE, Start, finetune};
+use trommel_trainer::model::{Config, preset};
+use trommel_trainer::pretrain::{Part, PretrainPlan, pretrain};
 use trommel_trainer::recipe::{self, Recipe};
 
 use crate::args::Until;
-use crate::table::table;
+use crate::compare::outcome::{Cost, Outcome};
+use crate::compare::pretrainings::{Phase, Pretraining, Text, folder, json, pretrainings};
 
-/// One row of the comparison. A contract.
-#[derive(Debug, Clone, Serialize)]
-pub(crate) struct Outcome {
-    domain: String,
-    method: &'static str,
-    stage: &'static str,
-    perplexity: f64,
-    stderr: f64,
-    bits_per_byte: f64,
-    train_tokens: u64,
-    seconds: f64,
-    flops: f64,
-}
-
-/// A model of the comparison.
-struct Candidate {
-    method: Method,
-    /// `None` for a model that serves every domain.
-    domain: Option<String>,
-    stage: &'static str,
+/// A model that was pretrained.
+struct Trained {
+    what: Pretraining,
     /// Folder of its training.
     out: PathBuf,
     cost: Cost,
+}
+
+/// A small model of the comparison, for one domain.
+#[derive(Debug, Clone)]
+struct Candidate {
+    method: Method,
+    variant: String,
+    seed: u64,
+    stage: &'static str,
+    /// The folder that holds its checkpoint.
+    out: PathBuf,
+    cost: Cost,
+    /// The part of the cost that all domains share.
+    generic: Cost,
 }
 
 /// The documents of one domain.
@@ -66,14 +72,6 @@ struct DomainDocuments {
     test: Vec<String>,
 }
 
-/// What a model took to train.
-#[derive(Debug, Clone, Copy, Default)]
-struct Cost {
-    tokens: u64,
-    seconds: f64,
-    flops: f64,
-}
-
 /// The methods of a plan, over the shards of its run.
 pub(crate) struct Comparison<'a> {
     pub(crate) plan: &'a Plan,
@@ -83,73 +81,48 @@ pub(crate) struct Comparison<'a> {
     pub(crate) interrupt: &'a Interrupt,
 }
 
-/// Which models there will be: method, and the domain if it has only one.
-fn pretrainings(plan: &Plan, train: &Train) -> Vec<(Method, Option<String>)> {
-    let domains = || plan.spec.domains.keys().cloned();
-    let mut models = Vec::new();
-    for method in &train.methods {
-        match method {
-            Method::Slm => models.push((Method::Slm, None)),
-            Method::SlmIs => models.extend(domains().map(|d| (Method::SlmIs, Some(d)))),
-            Method::SlmNopt => {}
-        }
-    }
-    models
-}
-
 /// What every kind of training keeps of its progress.
 #[derive(Deserialize)]
 struct State {
     finished: bool,
 }
 
-/// The state of the stages that follow the shards.
+/// The state of the stages that follow the shards. What depends on a choice that only a run can make counts as done when the
+/// rest is.
 pub(crate) fn survey(plan: &Plan) -> Result<Vec<StageReport>> {
     let Some(train) = &plan.spec.train else { return Ok(Vec::new()) };
     let embedder = load_embedder(plan)?;
     let outputs = Outputs::of(plan, embedder.key())?;
-    let whole = |out: PathBuf| -> Result<bool> {
+    let proportions = Proportions::read(&plan.run_dir).ok();
+    let whole = |out: &Path| -> Result<bool> {
         let state: Option<State> = checkpoint::read_state(&out.join(checkpoint::FOLDER))?;
         Ok(state.is_some_and(|s| s.finished))
     };
-    let (mut trained, mut tuned, mut evaluated) = (true, true, true);
-    let evaluations: Vec<String> = std::fs::read_dir(plan.run_dir.join("eval"))
-        .map(|entries| entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect())
-        .unwrap_or_default();
-    let mut expect = |stage: &str, out: &Path, domain: &str| {
-        let start = format!("{stage}-{}-on-{domain}-", out.file_name().unwrap_or_default().to_string_lossy());
-        evaluated &= evaluations.iter().any(|name| name.starts_with(&start));
+    let names = |stage: &str| -> Vec<String> {
+        let entries = std::fs::read_dir(plan.run_dir.join(stage)).into_iter().flatten().flatten();
+        entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect()
     };
-    for (method, domain) in pretrainings(plan, train) {
-        let out = folder(plan, &outputs, "train", method, domain.as_deref());
-        trained &= whole(out.clone())?;
-        let served = plan.domains.iter().filter(|d| d.test.is_some() && domain.as_ref().is_none_or(|n| *n == d.train.name));
-        served.for_each(|d| expect("pretrained", &out, &d.train.name));
+    let (tuned_names, evaluations) = (names("finetune"), names("eval"));
+    let mut trained = true;
+    for what in pretrainings(plan, train, proportions.as_ref())? {
+        trained &= whole(&what.folder(plan, train, &outputs))?;
     }
+    let mut tuned = true;
     let methods = train.methods.iter().filter(|&&m| m == Method::SlmNopt || plan.spec.finetune.is_some());
-    for (method, domain) in methods.flat_map(|m| plan.domains.iter().map(move |d| (*m, d))) {
-        let out = folder(plan, &outputs, "finetune", method, Some(&domain.train.name));
-        tuned &= whole(out.clone())?;
-        if domain.test.is_some() {
-            expect("finetuned", &out, &domain.train.name);
-        }
+    for (method, domain) in methods.flat_map(|m| plan.domains.iter().map(move |d| (m.name(), &d.train.name))) {
+        let found = tuned_names.iter().find(|name| name.starts_with(method) && name.contains(&format!("-on-{domain}-")));
+        tuned &= found.map(|name| whole(&plan.run_dir.join("finetune").join(name))).transpose()?.unwrap_or(false);
     }
+    let tested = plan.domains.iter().filter(|d| d.test.is_some());
+    let stages = [(true, "pretrained"), (plan.spec.finetune.is_some(), "finetuned")];
+    let evaluated = trained
+        && tuned
+        && tested.flat_map(|d| stages.iter().filter(|s| s.0).map(move |s| (&d.train.name, s.1))).all(|(domain, stage)| {
+            let nothing = stage == "pretrained" && train.methods == [Method::SlmNopt];
+            nothing || evaluations.iter().any(|name| name.starts_with(stage) && name.contains(&format!("-on-{domain}-")))
+        });
     let report = |stage: &str, cached| StageReport { stage: stage.to_owned(), cached, seconds: 0.0, rows: None, bytes: None };
     Ok(vec![report("train", trained), report("finetune", tuned), report("eval", evaluated)])
-}
-
-/// The folder of one training: its name says what it is, its key says what it depends on.
-fn folder(plan: &Plan, outputs: &Outputs, stage: &str, method: Method, domain: Option<&str>) -> PathBuf {
-    let spec = &plan.spec;
-    // Serializing plain data cannot fail; an empty text would only make the key coarser.
-    let json = |train: &Option<Train>, finetune: &Option<Finetune>| {
-        let train = train.as_ref().map(|t| (&t.model, t.context, t.tokens, t.schedule, t.precision));
-        serde_json::to_vec(&(train, finetune)).unwrap_or_default()
-    };
-    let settings = json(&spec.train, if stage == "train" { &None } else { &spec.finetune });
-    let key = Key::of([&outputs.shards_key.0.to_le_bytes()[..], &settings, &spec.seed.to_le_bytes()]);
-    let name = [Some(method.name()), domain].into_iter().flatten().collect::<Vec<_>>().join("-");
-    plan.run_dir.join(stage).join(format!("{name}-{}", key.short()))
 }
 
 impl Comparison<'_> {
@@ -158,18 +131,30 @@ impl Comparison<'_> {
         let Some(train) = &self.plan.spec.train else { return Ok((Vec::new(), Vec::new())) };
         // Everything is read before the first model is trained: a mistake in a test set must not show hours later.
         let domains = self.plan.domains.iter().map(|d| self.documents(d)).collect::<Result<Vec<_>>>()?;
+        let by_cluster = self.plan.spec.shard.by == ShardBy::Cluster;
+        let proportions = by_cluster.then(|| Proportions::read(&self.plan.run_dir)).transpose()?;
+        let proportions = proportions.as_ref();
         let mut reports = Vec::new();
-        let (candidates, report) = self.timed("train", |cached| self.pretrain(train, cached))?;
+        let (trained, report) = self.timed("train", |cached| self.pretrain(train, proportions, cached))?;
         reports.push(report);
-        let mut all = candidates;
+        let mut candidates: Vec<(usize, Candidate)> = Vec::new();
         if until >= Until::Finetune {
-            let (tuned, report) = self.timed("finetune", |cached| self.finetune(train, &domains, &all, cached))?;
-            reports.push(report);
-            all.extend(tuned);
+            let ((), report) = self.timed("finetune", |cached| {
+                for (index, domain) in domains.iter().enumerate() {
+                    let starts = self.starts(train, domain, &trained, proportions, cached)?;
+                    let tuned = self.finetune_all(train, domain, &starts, cached)?;
+                    candidates.extend(starts.into_iter().chain(tuned).map(|candidate| (index, candidate)));
+                }
+                Ok(())
+            })?;
+            reports.push(StageReport { rows: Some(candidates.len() as u64), ..report });
         }
         let mut outcomes = Vec::new();
         if until >= Until::Eval {
-            let (found, report) = self.timed("eval", |cached| self.evaluate(train, &domains, &all, cached))?;
+            let (found, report) = self.timed("eval", |cached| {
+                let tested = candidates.iter().filter(|(domain, _)| !domains[*domain].test.is_empty());
+                tested.map(|(domain, candidate)| self.outcome(train, &domains[*domain], candidate, cached)).collect()
+            })?;
             reports.push(report);
             outcomes = found;
         }
@@ -177,133 +162,226 @@ impl Comparison<'_> {
     }
 
     /// Runs one stage; `work` clears the flag when it finds something to do.
-    fn timed<T>(&self, stage: &str, work: impl FnOnce(&mut bool) -> Result<Vec<T>>) -> Result<(Vec<T>, StageReport)> {
+    fn timed<T>(&self, stage: &str, work: impl FnOnce(&mut bool) -> Result<T>) -> Result<(T, StageReport)> {
         let start = Instant::now();
         let mut cached = true;
         let made = work(&mut cached).map_err(|e| e.stage(stage))?;
-        let rows = Some(made.len() as u64);
         let seconds = start.elapsed().as_secs_f64();
-        Ok((made, StageReport { stage: stage.to_owned(), cached, seconds, rows, bytes: None }))
+        Ok((made, StageReport { stage: stage.to_owned(), cached, seconds, rows: None, bytes: None }))
     }
 
-    fn shards(&self, domain: &str) -> Result<&Path> {
-        let found = self.outputs.shards.iter().find(|(name, _)| name == domain);
-        Ok(&found.ok_or_else(|| Error::internal(format!("there are no shards for `{domain}`")))?.1)
+    /// The shards of a domain, or of the corpus; by cluster, one folder serves all.
+    fn shards(&self, method: Method, of: &str) -> Result<&Path> {
+        let found = self.outputs.shards_of(method, of).or_else(|| self.outputs.shards_of(method, CORPUS));
+        found.ok_or_else(|| Error::internal(format!("there are no shards for `{of}`")))
     }
 
-    fn pretrain(&self, train: &Train, cached: &mut bool) -> Result<Vec<Candidate>> {
-        let mut candidates = Vec::new();
-        for (method, domain) in pretrainings(self.plan, train) {
-            let shards = self.shards(domain.as_deref().unwrap_or(CORPUS))?;
-            let model = trommel_trainer::model::Config {
-                context: train.context as usize,
-                ..preset(&train.model, Manifest::read(shards)?.vocab as usize)?
+    fn model(&self, train: &Train, preset_name: &str, shards: &Path) -> Result<Config> {
+        let vocab = Manifest::read(shards)?.vocab as usize;
+        Ok(Config { context: train.context as usize, ..preset(preset_name, vocab)? })
+    }
+
+    fn pretrain(&self, train: &Train, proportions: Option<&Proportions>, cached: &mut bool) -> Result<Vec<Trained>> {
+        let mut all: Vec<Trained> = Vec::new();
+        for what in pretrainings(self.plan, train, proportions)? {
+            let shards = match &what.text {
+                Text::Shards(of) => self.shards(what.method, of)?,
+                _ => self.shards(what.method, CORPUS)?,
+            };
+            let model = self.model(train, what.preset(train), shards)?;
+            let model = Config { projection: what.projection(train, proportions)?, ..model };
+            let tokens = what.tokens(train, proportions)?;
+            let schedule = if what.phase == Phase::Whole { train.schedule } else { Schedule::Wsd };
+            let trunk = || all.iter().find(|t| t.what.phase == Phase::Trunk && t.what.seed == what.seed);
+            let part = match what.phase {
+                Phase::Whole => Part::Whole,
+                Phase::Trunk => Part::Trunk,
+                Phase::Decay => {
+                    let trunk = trunk().ok_or_else(|| Error::internal("a decay comes before its trunk"))?;
+                    Part::Decay(trunk.out.join(checkpoint::FOLDER))
+                }
             };
             let plan = PretrainPlan {
-                recipe: recipe_of(train.schedule, train.precision, Recipe::pretraining(&model, train.tokens.0)),
+                recipe: recipe_of(schedule, train.precision, Recipe::pretraining(&model, tokens)),
                 model,
                 context: train.context as usize,
-                tokens: train.tokens.0,
-                seed: self.plan.spec.seed,
+                tokens,
+                seed: what.seed,
                 shards: shards.to_owned(),
-                out: folder(self.plan, self.outputs, "train", method, domain.as_deref()),
+                mixture: what.mixture(proportions)?,
+                part,
+                out: what.folder(self.plan, train, self.outputs),
             };
-            let name = domain.as_ref().map_or(method.name().to_owned(), |d| format!("{} {d}", method.name()));
-            self.progress.line(&format!("pretraining {name}"));
+            self.progress.line(&format!("pretraining {}", what.name(train)));
             let report = pretrain(&plan, self.device, self.progress, self.interrupt)?;
             *cached &= report.cached;
             let cost = Cost { tokens: report.tokens, seconds: report.seconds, flops: report.flops };
-            candidates.push(Candidate { method, domain, stage: "pretrained", out: plan.out, cost });
+            all.push(Trained { what, out: plan.out, cost });
         }
-        Ok(candidates)
+        Ok(all)
     }
 
+    /// The models that a domain starts from, one per method, variant and seed.
+    fn starts(
+        &self,
+        train: &Train,
+        domain: &DomainDocuments,
+        trained: &[Trained],
+        proportions: Option<&Proportions>,
+        cached: &mut bool,
+    ) -> Result<Vec<Candidate>> {
+        let mut starts: Vec<Candidate> = Vec::new();
+        for (index, model) in trained.iter().enumerate() {
+            let what = &model.what;
+            if what.domain.as_ref().is_some_and(|d| *d != domain.name) || what.phase == Phase::Trunk {
+                continue;
+            }
+            let shared = if what.domain.is_none() { model.cost } else { Cost::default() };
+            let candidate = Candidate {
+                method: what.method,
+                variant: what.variant.clone(),
+                seed: what.seed,
+                stage: "pretrained",
+                out: model.out.clone(),
+                cost: model.cost,
+                generic: shared,
+            };
+            match &what.text {
+                Text::Experts { level } => {
+                    let proportions = proportions.ok_or_else(|| Error::internal("a network without clusters"))?;
+                    let network = choose::Network { model, level: *level, proportions };
+                    starts.extend(self.projections(train, domain, &network, &candidate, cached)?);
+                }
+                Text::Node { level, node } => {
+                    let proportions = proportions.ok_or_else(|| Error::internal("a mixture without clusters"))?;
+                    if choose::top(&proportions.histogram(&domain.name, *level)?) == *node {
+                        let group = trained.iter().filter(|t| {
+                            t.what.method == what.method && t.what.variant == what.variant && t.what.seed == what.seed
+                        });
+                        let generic = group.fold(Cost::default(), |sum, t| sum + t.cost);
+                        starts.push(Candidate { cost: generic, generic, ..candidate });
+                    }
+                }
+                _ if what.phase == Phase::Decay => {
+                    let before = trained[..index].iter();
+                    let trunk = before.filter(|t| t.what.phase == Phase::Trunk && t.what.seed == what.seed).map(|t| t.cost);
+                    let generic = trunk.last().unwrap_or_default();
+                    starts.push(Candidate { cost: generic + model.cost, generic, ..candidate });
+                }
+                _ => starts.push(candidate),
+            }
+        }
+        Ok(starts)
+    }
+
+    /// Fine-tunes every start, and trains the models that see the domain only.
+    fn finetune_all(
+        &self,
+        train: &Train,
+        domain: &DomainDocuments,
+        starts: &[Candidate],
+        cached: &mut bool,
+    ) -> Result<Vec<Candidate>> {
+        let mut tuned = Vec::new();
+        if self.plan.spec.finetune.is_some() {
+            for start in starts {
+                let (out, report) = self.finetune(train, domain, start, cached)?;
+                tuned.push(Candidate { stage: "finetuned", out, cost: start.cost + cost_of(&report), ..start.clone() });
+            }
+        }
+        let alone = train.methods.iter().filter(|&&m| m == Method::SlmNopt).flat_map(|m| (0..train.seeds(*m)).map(u64::from));
+        for offset in alone {
+            let seed = self.plan.spec.seed + offset;
+            let shards = self.shards(Method::SlmNopt, &domain.name)?;
+            let model = self.model(train, &train.model, shards)?;
+            let start = Start::Scratch { model, end_of_text: Manifest::read(shards)?.end_of_text };
+            let seeds = if train.seeds(Method::SlmNopt) > 1 { format!("-seed-{seed}") } else { String::new() };
+            let name = format!("{}{seeds}", Method::SlmNopt.name());
+            // As many tokens as the others are pretrained on, unless it stops early.
+            let recipe =
+                |model: &Config| recipe_of(train.schedule, train.precision, Recipe::pretraining(model, train.tokens.0));
+            let (out, report) = self.tune(train, domain, start, &name, (train.tokens.0, &recipe), seed, cached)?;
+            tuned.push(Candidate {
+                method: Method::SlmNopt,
+                variant: String::new(),
+                seed,
+                stage: "finetuned",
+                out,
+                cost: cost_of(&report),
+                generic: Cost::default(),
+            });
+        }
+        Ok(tuned)
+    }
+
+    /// Fine-tunes one model on a domain.
     fn finetune(
         &self,
         train: &Train,
-        domains: &[DomainDocuments],
-        pretrained: &[Candidate],
+        domain: &DomainDocuments,
+        start: &Candidate,
         cached: &mut bool,
-    ) -> Result<Vec<Candidate>> {
-        let mut candidates = Vec::new();
-        for domain in domains {
-            let name = &domain.name;
-            for &method in &train.methods {
-                let before = pretrained.iter().find(|c| c.method == method && c.domain.as_ref().is_none_or(|d| d == name));
-                let tokenizer = self.shards(name)?.join(Manifest::TOKENIZER);
-                let manifest = Manifest::read(self.shards(name)?)?;
-                let model = trommel_trainer::model::Config {
-                    context: train.context as usize,
-                    ..preset(&train.model, manifest.vocab as usize)?
-                };
-                let (start, tokens, recipe) = match (before, &self.plan.spec.finetune) {
-                    (Some(before), Some(finetune)) => {
-                        let recipe = Recipe::finetuning(&model, finetune.tokens.0);
-                        let recipe = recipe_of(Schedule::Cosine, train.precision, recipe);
-                        (Start::Checkpoint(before.out.join(checkpoint::FOLDER)), finetune.tokens.0, recipe)
-                    }
-                    // Pretrained, and there is no fine-tuning to do.
-                    (Some(_), None) => continue,
-                    // The domain only: as many tokens as the others are pretrained on, unless it stops early.
-                    (None, _) => {
-                        let recipe = Recipe::pretraining(&model, train.tokens.0);
-                        let recipe = recipe_of(train.schedule, train.precision, recipe);
-                        (Start::Scratch { model, end_of_text: manifest.end_of_text }, train.tokens.0, recipe)
-                    }
-                };
-                let plan = FinetunePlan {
-                    start,
-                    train: domain.train.clone(),
-                    validation: domain.validation.clone(),
-                    tokenizer,
-                    context: train.context as usize,
-                    tokens,
-                    recipe,
-                    seed: self.plan.spec.seed,
-                    patience: PATIENCE,
-                    out: folder(self.plan, self.outputs, "finetune", method, Some(name)),
-                };
-                self.progress.line(&format!("fine-tuning {} on {name}", method.name()));
-                let report = finetune(&plan, self.device, self.progress, self.interrupt)?;
-                *cached &= report.cached;
-                let earlier = before.map(|b| b.cost).unwrap_or_default();
-                let cost = Cost {
-                    tokens: earlier.tokens + report.tokens,
-                    seconds: earlier.seconds + report.seconds,
-                    flops: earlier.flops + report.flops,
-                };
-                candidates.push(Candidate { method, domain: Some(name.clone()), stage: "finetuned", out: plan.out, cost });
-            }
-        }
-        Ok(candidates)
+    ) -> Result<(PathBuf, FinetuneReport)> {
+        let tokens = self.plan.spec.finetune.as_ref().map_or(0, |f| f.tokens.0);
+        let recipe = |model: &Config| recipe_of(Schedule::Cosine, train.precision, Recipe::finetuning(model, tokens));
+        let name = start.out.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let checkpoint = Start::Checkpoint(start.out.join(checkpoint::FOLDER));
+        self.tune(train, domain, checkpoint, &name, (tokens, &recipe), start.seed, cached)
     }
 
-    fn evaluate(
+    #[expect(clippy::too_many_arguments, reason = "one training: on what, from where, how, and as which")]
+    fn tune(
         &self,
         train: &Train,
-        domains: &[DomainDocuments],
-        candidates: &[Candidate],
+        domain: &DomainDocuments,
+        start: Start,
+        name: &str,
+        (tokens, recipe): (u64, &dyn Fn(&Config) -> Recipe),
+        seed: u64,
         cached: &mut bool,
-    ) -> Result<Vec<Outcome>> {
-        let mut outcomes = Vec::new();
-        for domain in domains.iter().filter(|d| !d.test.is_empty()) {
-            let name = &domain.name;
-            for candidate in candidates.iter().filter(|c| c.domain.as_ref().is_none_or(|d| d == name)) {
-                let found = self.evaluation(candidate, domain, train.context as usize, cached)?;
-                outcomes.push(Outcome {
-                    domain: name.clone(),
-                    method: candidate.method.name(),
-                    stage: candidate.stage,
-                    perplexity: found.perplexity,
-                    stderr: found.stderr,
-                    bits_per_byte: found.bits_per_byte,
-                    train_tokens: candidate.cost.tokens,
-                    seconds: candidate.cost.seconds,
-                    flops: candidate.cost.flops,
-                });
-            }
-        }
-        Ok(outcomes)
+    ) -> Result<(PathBuf, FinetuneReport)> {
+        let name = format!("{name}-on-{}", domain.name);
+        let settings = (&train.model, train.context, train.schedule, train.precision, tokens);
+        let model = FinetunePlan::model(&start)?;
+        let plan = FinetunePlan {
+            recipe: recipe(&model),
+            start,
+            train: domain.train.clone(),
+            validation: domain.validation.clone(),
+            tokenizer: self.shards(Method::SlmNopt, &domain.name)?.join(Manifest::TOKENIZER),
+            context: train.context as usize,
+            tokens,
+            seed,
+            patience: PATIENCE,
+            out: folder(
+                self.plan,
+                "finetune",
+                &name,
+                &[&self.outputs.shards_key.0.to_le_bytes(), &json(&settings), &seed.to_le_bytes(), &domain.key()],
+            ),
+        };
+        self.progress.line(&format!("fine-tuning {name}"));
+        let report = finetune(&plan, self.device, self.progress, self.interrupt)?;
+        *cached &= report.cached;
+        Ok((plan.out, report))
+    }
+
+    fn outcome(&self, train: &Train, domain: &DomainDocuments, candidate: &Candidate, cached: &mut bool) -> Result<Outcome> {
+        let found = self.evaluation(candidate, domain, train.context as usize, cached)?;
+        Ok(Outcome {
+            domain: domain.name.clone(),
+            method: candidate.method.name(),
+            variant: candidate.variant.clone(),
+            seed: candidate.seed,
+            stage: candidate.stage,
+            perplexity: found.perplexity,
+            stderr: found.stderr,
+            bits_per_byte: found.bits_per_byte,
+            train_tokens: candidate.cost.tokens,
+            seconds: candidate.cost.seconds,
+            flops: candidate.cost.flops,
+            generic: candidate.generic,
+        })
     }
 
     /// The documents of a domain; what cannot be used of them is said.
@@ -341,6 +419,17 @@ impl Comparison<'_> {
         write_bytes(&path, &text)?;
         Ok(found)
     }
+}
+
+impl DomainDocuments {
+    /// A name of what is trained and chosen on.
+    fn key(&self) -> [u8; 16] {
+        Key::of(self.train.iter().chain([&String::new()]).chain(&self.validation)).0.to_le_bytes()
+    }
+}
+
+fn cost_of(report: &FinetuneReport) -> Cost {
+    Cost { tokens: report.tokens, seconds: report.seconds, flops: report.flops }
 }
 
 /// `recipe` with what a file says about it.
@@ -381,32 +470,4 @@ pub(crate) fn split(source: &Source, seed: u64, progress: &dyn Progress) -> Resu
     }
     let train = documents.split_off(held_out);
     Ok((train, documents))
-}
-
-/// One row per domain and method.
-pub(crate) fn result_table(outcomes: &[Outcome]) -> String {
-    let meaning = |method: &str| match method {
-        "slm" => "slm (generic)",
-        "slm-is" => "slm-is (resampled)",
-        _ => "slm-nopt (domain only)",
-    };
-    let mut rows: Vec<(&str, &str)> = outcomes.iter().map(|o| (o.domain.as_str(), o.method)).collect();
-    rows.sort();
-    rows.dedup();
-    let cells = rows.into_iter().map(|(domain, method)| {
-        let find = |stage: &str| outcomes.iter().find(|o| o.domain == domain && o.method == method && o.stage == stage);
-        let perplexity = |o: Option<&Outcome>| o.map_or("-".to_owned(), |o| format!("{:.2} ± {:.2}", o.perplexity, o.stderr));
-        let last = find("finetuned").or(find("pretrained"));
-        let number = |get: fn(&Outcome) -> String| last.map_or("-".to_owned(), get);
-        vec![
-            domain.to_owned(),
-            meaning(method).to_owned(),
-            perplexity(find("pretrained")),
-            perplexity(find("finetuned")),
-            number(|o| format!("{:.3}", o.bits_per_byte)),
-            number(|o| format!("{:.2}M", o.train_tokens as f64 / 1e6)),
-            number(|o| format!("{:.0}", o.seconds)),
-        ]
-    });
-    table(&["domain", "pretrained on", "before tuning", "fine-tuned", "bits/byte", "tokens", "seconds"], 2, cells)
 }

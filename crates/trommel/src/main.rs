@@ -8,11 +8,13 @@ mod compare;
 mod pipeline;
 /// Progress bars on a terminal, plain lines elsewhere.
 mod progress;
+/// `trommel project`.
+mod project;
 /// `trommel sql`.
 mod sql;
 /// Figures as tables.
 mod table;
-/// `trommel train`, `finetune`, `eval`, `generate` and `distill-embedder`.
+/// `trommel train`, `finetune`, `eval`, `generate`, `export` and `distill-embedder`.
 mod training;
 
 use std::process::ExitCode;
@@ -57,8 +59,10 @@ fn dispatch(arguments: Arguments, interrupt: Interrupt) -> anyhow::Result<()> {
         Command::Sql(query) => sql::run(&query),
         Command::Train(train) => training::train(&train, &interrupt),
         Command::Finetune(finetune) => training::finetune(&finetune, &interrupt),
+        Command::Project(project) => project::run(&project, &interrupt),
         Command::Eval(eval) => training::eval(&eval, &interrupt),
         Command::Generate(generate) => training::generate(&generate, &interrupt),
+        Command::Export(export) => training::export(&export),
         Command::DistillEmbedder(distill) => training::distill_embedder(&distill),
         Command::Schema(schema) => pipeline::schema(&schema),
     }

@@ -16,7 +16,8 @@ use trommel_spec::validate;
 use trommel_trainer::{device, model};
 
 use crate::args::{PipelineArguments, PlanArguments, RunArguments, SchemaArguments, SchemaKind, Until};
-use crate::compare::{Comparison, Outcome};
+use crate::compare::Comparison;
+use crate::compare::outcome::{Outcome, result_table};
 use crate::progress;
 use crate::table::{bytes, known, table};
 
@@ -36,8 +37,11 @@ impl std::error::Error for Mistakes {}
 pub(crate) fn load(file: &Path, overlays: &[String], run_dir: Option<&Path>) -> Result<Plan, Mistakes> {
     let plan = plan::load(file, overlays, run_dir).map_err(Mistakes)?;
     // The presets are the trainer's, so this one check is not the spec's.
-    if let Some(train) = &plan.spec.train {
-        model::preset(&train.model, 8192).map_err(|e| Mistakes(vec![e.file(file.display())]))?;
+    let names = plan.spec.train.iter().flat_map(|train| [Some(&train.model), train.llm.as_ref()]).flatten();
+    let mistakes: Vec<Error> =
+        names.filter_map(|name| model::preset(name, 8192).err()).map(|e| e.file(file.display())).collect();
+    if !mistakes.is_empty() {
+        return Err(Mistakes(mistakes));
     }
     Ok(plan)
 }
@@ -82,11 +86,7 @@ pub(crate) fn run(arguments: &RunArguments, threads: usize, interrupt: Interrupt
     }
     writeln!(out, "{}", stage_table(&report.stages))?;
     if !report.results.is_empty() {
-        writeln!(
-            out,
-            "\nHeld-out perplexity, with its standard error over documents:\n{}",
-            crate::compare::result_table(&report.results)
-        )?;
+        writeln!(out, "\nHeld-out perplexity, with its standard error over documents:\n{}", result_table(&report.results))?;
     }
     if report.stages.iter().all(|s| s.cached) {
         writeln!(out, "Everything was done already.")?;

@@ -1,4 +1,4 @@
-//! `trommel train`, `finetune`, `eval`, `generate` and `distill-embedder`.
+//! `trommel train`, `finetune`, `eval`, `generate`, `export` and `distill-embedder`.
 
 use std::io::Write;
 use std::path::Path;
@@ -10,14 +10,18 @@ use trommel_core::progress::Interrupt;
 use trommel_spec::plan::{self, Source};
 use trommel_spec::training::Training;
 use trommel_spec::validate;
+use trommel_trainer::export::Format;
 use trommel_trainer::finetune::{FinetunePlan, PATIENCE, Start};
 use trommel_trainer::generate::Sampling;
 use trommel_trainer::model::{Config, preset};
-use trommel_trainer::pretrain::PretrainPlan;
+use trommel_trainer::pretrain::{Part, PretrainPlan};
 use trommel_trainer::recipe::Recipe;
 use trommel_trainer::{checkpoint, device};
 
-use crate::args::{DistillArguments, DocumentsArgument, EvalArguments, FinetuneArguments, GenerateArguments, TrainArguments};
+use crate::args::{
+    DistillArguments, DocumentsArgument, EvalArguments, ExportArguments, ExportFormat, FinetuneArguments, GenerateArguments,
+    TrainArguments,
+};
 use crate::compare::{recipe_of, split, usable_texts};
 use crate::pipeline::Mistakes;
 use crate::progress;
@@ -38,6 +42,8 @@ pub(crate) fn train(arguments: &TrainArguments, interrupt: &Interrupt) -> anyhow
         seed: training.seed,
         out: training.out.unwrap_or_else(|| Path::new("runs").join(&training.name)),
         shards: training.shards,
+        mixture: None,
+        part: Part::Whole,
     };
     let report = trommel_trainer::pretrain::pretrain(&plan, &device, &*progress::for_stderr(), interrupt)?;
     print(&report, arguments.json)
@@ -90,6 +96,16 @@ pub(crate) fn generate(arguments: &GenerateArguments, interrupt: &Interrupt) -> 
     Ok(())
 }
 
+/// Writes a checkpoint in the format of another program.
+pub(crate) fn export(arguments: &ExportArguments) -> anyhow::Result<()> {
+    let format = match arguments.format {
+        ExportFormat::Hf => Format::Hf,
+        ExportFormat::Gguf => Format::Gguf,
+    };
+    let exported = trommel_trainer::export::export(&arguments.checkpoint, format, &arguments.out)?;
+    print(&exported, arguments.json)
+}
+
 /// Makes a static embedding table.
 pub(crate) fn distill_embedder(arguments: &DistillArguments) -> anyhow::Result<()> {
     let progress = progress::for_stderr();
@@ -105,7 +121,8 @@ pub(crate) fn distill_embedder(arguments: &DistillArguments) -> anyhow::Result<(
     Ok(())
 }
 
-fn source(argument: &DocumentsArgument) -> Result<Source> {
+/// The documents that an argument names.
+pub(crate) fn source(argument: &DocumentsArgument) -> Result<Source> {
     let files = plan::find(&argument.documents).map_err(|(message, hint)| Error::config(message).hint(hint))?;
     Ok(Source { name: argument.documents.clone(), files, text: argument.text.clone(), id: None })
 }

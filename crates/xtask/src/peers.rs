@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use crate::{call, root};
 
 /// The scripts in `tests/peers`, by name.
-pub(crate) const ROWS: [&str; 11] = [
+pub(crate) const ROWS: [&str; 12] = [
     "sentence_encoder_bf16",
     "sentence_encoder_f32",
     "static_embedder",
@@ -21,6 +21,7 @@ pub(crate) const ROWS: [&str; 11] = [
     "training_f32",
     "training_bf16",
     "training_memory",
+    "projected_step",
 ];
 
 /// Builds our side and runs all rows, or `only` one. A row that fails does not keep the others from running.

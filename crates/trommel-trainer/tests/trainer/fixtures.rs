@@ -10,7 +10,7 @@ use parquet::arrow::ArrowWriter;
 use trommel_core::manifest::{Manifest, Shard};
 use trommel_trainer::batch::Batch;
 use trommel_trainer::model::{Activation, Config};
-use trommel_trainer::pretrain::PretrainPlan;
+use trommel_trainer::pretrain::{Part, PretrainPlan};
 use trommel_trainer::recipe::Recipe;
 
 /// Words of the toy language; word 0 is the end of text.
@@ -20,7 +20,18 @@ pub(crate) const CONTEXT: usize = 16;
 
 /// A model of 8,000 parameters.
 pub(crate) fn tiny(activation: Activation) -> Config {
-    Config { vocab: VOCAB, width: 24, layers: 2, heads: 2, mlp: 40, activation, context: 32, rope_theta: 1e4, norm_eps: 1e-5 }
+    Config {
+        vocab: VOCAB,
+        width: 24,
+        layers: 2,
+        heads: 2,
+        mlp: 40,
+        activation,
+        context: 32,
+        rope_theta: 1e4,
+        norm_eps: 1e-5,
+        projection: None,
+    }
 }
 
 /// A document of the toy language: each word follows from the one before and the document's stride.
@@ -49,9 +60,18 @@ pub(crate) fn batch(sequences: usize, time: usize, first: usize) -> Batch {
 
 /// Writes two shards of 20 documents each, their manifest and the tokenizer.
 pub(crate) fn write_shards(folder: &Path) {
+    write(folder, &[None, None]);
+}
+
+/// Writes a shard of 20 documents for each of some clusters, whose ids are multiples of 10.
+pub(crate) fn write_cluster_shards(folder: &Path, clusters: u32) {
+    write(folder, &(0..clusters).map(|i| Some(i * 10)).collect::<Vec<_>>());
+}
+
+fn write(folder: &Path, clusters: &[Option<u32>]) {
     fs::create_dir_all(folder).unwrap();
     let mut shards = Vec::new();
-    for shard in 0..2 {
+    for (shard, &cluster_id) in clusters.iter().enumerate() {
         let mut builder = ListBuilder::new(UInt32Builder::new());
         let documents: Vec<Vec<u32>> = (shard * 20..shard * 20 + 20).map(document).collect();
         documents.iter().for_each(|tokens| builder.append_value(tokens.iter().map(|token| Some(*token))));
@@ -61,7 +81,8 @@ pub(crate) fn write_shards(folder: &Path) {
         writer.write(&batch).unwrap();
         writer.close().unwrap();
         let tokens = documents.iter().map(Vec::len).sum::<usize>() as u64;
-        shards.push(Shard { shard: shard as u32, path, rows: 20, tokens, bytes: 0, checksum: format!("{shard}") });
+        let checksum = format!("{shard}");
+        shards.push(Shard { shard: shard as u32, path, rows: 20, tokens, bytes: 0, checksum, cluster_id });
     }
     let tokens = shards.iter().map(|shard| shard.tokens).sum();
     let manifest = Manifest { domain: "toy".into(), vocab: VOCAB as u32, end_of_text: 0, tokens, shards };
@@ -86,6 +107,8 @@ pub(crate) fn plan(folder: &Path, out: &str) -> PretrainPlan {
         recipe,
         seed: 11,
         shards: folder.join("shards"),
+        mixture: None,
+        part: Part::Whole,
         out: folder.join(out),
     }
 }

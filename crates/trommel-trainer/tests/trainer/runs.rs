@@ -36,7 +36,8 @@ fn run(plan: &PretrainPlan) -> Result<TrainReport> {
     pretrain(plan, &Device::Cpu, &Silent, &Interrupt::default())
 }
 
-fn run_for(plan: &PretrainPlan, steps: u64) -> Result<TrainReport> {
+/// Runs until some steps are done.
+pub(crate) fn run_for(plan: &PretrainPlan, steps: u64) -> Result<TrainReport> {
     let interrupt = Interrupt::default();
     let progress = StopAfter { steps: AtomicU64::new(steps), interrupt: interrupt.clone() };
     pretrain(plan, &Device::Cpu, &progress, &interrupt)

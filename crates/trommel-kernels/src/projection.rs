@@ -1,0 +1,163 @@
+//! Weights that are mixed from a basis, and what training does to the basis. [PE 2.5]
+//!
+//! A weight of an expert is `W = sum_r a_r T_r`, where the basis `T` is (h, size) and the coefficients `a` belong to the
+//! expert. The basis is most of a projected network, and its gradient would be as large again: `dT_r = sum_e a_(e,r) dW_e`
+//! over the experts `e` of a step. It is never formed. Its norm comes from the small matrix of products of the `dW_e`, and
+//! each of its numbers is made where the optimizer needs it.
+//!
+//! ```text
+//!   per step    read T            mix            W_e for each expert
+//!               read T            coefficients   da_(e,r) = <T_r, dW_e>
+//!               read dW           gram           <dW_e, dW_f>, for the norm
+//!               read, write T m v step           dT on the fly
+//! ```
+
+use rayon::prelude::*;
+
+use crate::adamw::{CHUNK, Factors, step_chunk};
+use crate::vectorize::vectorized;
+
+/// Writes `sum_r coefficients[r] * basis[r]` to `out` (size), for `basis` (h, size).
+pub fn mix(basis: &[f32], coefficients: &[f32], out: &mut [f32]) {
+    let size = out.len();
+    assert_eq!(basis.len(), coefficients.len() * size);
+    out.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, out)| {
+        out.fill(0.0);
+        let at = chunk * CHUNK..chunk * CHUNK + out.len();
+        for (basis, coefficient) in basis.chunks_exact(size).zip(coefficients) {
+            // A basis that no one uses yet costs nothing.
+            if *coefficient != 0.0 {
+                add_scaled(out, *coefficient, &basis[at.clone()]);
+            }
+        }
+    });
+}
+
+/// The gradient of each expert's coefficients, `<basis[r], gradients[e]>` as (experts, h), for `gradients` of `size` each.
+pub fn coefficient_gradients(basis: &[f32], gradients: &[&[f32]]) -> Vec<f32> {
+    let Some(size) = gradients.first().map(|g| g.len()) else { return Vec::new() };
+    let capacity = basis.len() / size;
+    let pairs: Vec<(usize, usize)> = (0..gradients.len()).flat_map(|e| (0..capacity).map(move |r| (e, r))).collect();
+    pairs.into_par_iter().map(|(e, r)| product(&basis[r * size..(r + 1) * size], gradients[e]) as f32).collect()
+}
+
+/// The products of all pairs of `gradients`, as (experts, experts).
+pub fn gram(gradients: &[&[f32]]) -> Vec<f64> {
+    let n = gradients.len();
+    (0..n * n).into_par_iter().map(|i| product(gradients[i / n], gradients[i % n])).collect()
+}
+
+/// The squared norm of the basis' gradient: `sum_r sum_(e,f) a_(e,r) a_(f,r) <dW_e, dW_f>`.
+pub fn squared_norm(coefficients: &[&[f32]], gram: &[f64]) -> f64 {
+    let n = coefficients.len();
+    let mut sum = 0.0;
+    for e in 0..n {
+        for f in 0..n {
+            let along: f64 = coefficients[e].iter().zip(coefficients[f]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            sum += along * gram[e * n + f];
+        }
+    }
+    // Rounding may leave a sum of squares a little below zero.
+    sum.max(0.0)
+}
+
+/// One step of `AdamW` on the basis (h, size) and its moments, with the gradient `sum_e coefficients[e][r] * gradients[e]`.
+pub fn step(basis: &mut [f32], m: &mut [f32], v: &mut [f32], coefficients: &[&[f32]], gradients: &[&[f32]], factors: Factors) {
+    let Some(size) = gradients.first().map(|g| g.len()) else { return };
+    assert!(basis.len() == m.len() && basis.len() == v.len() && basis.len().is_multiple_of(size));
+    let rows = basis.par_chunks_mut(size).zip(m.par_chunks_mut(size)).zip(v.par_chunks_mut(size)).enumerate();
+    rows.for_each(|(r, ((basis, m), v))| {
+        let chunks = basis.par_chunks_mut(CHUNK).zip(m.par_chunks_mut(CHUNK)).zip(v.par_chunks_mut(CHUNK)).enumerate();
+        chunks.for_each_init(Vec::new, |gradient, (chunk, ((basis, m), v))| {
+            gradient.clear();
+            gradient.resize(basis.len(), 0.0);
+            let at = chunk * CHUNK..chunk * CHUNK + basis.len();
+            for (coefficients, from) in coefficients.iter().zip(gradients) {
+                if coefficients[r] != 0.0 {
+                    add_scaled(gradient, coefficients[r], &from[at.clone()]);
+                }
+            }
+            step_chunk(basis, gradient, m, v, factors);
+        });
+    });
+}
+
+/// The product of two vectors: `f32` within 4,096 numbers, `f64` over them, in a fixed order.
+fn product(a: &[f32], b: &[f32]) -> f64 {
+    a.chunks(4096).zip(b.chunks(4096)).map(|(a, b)| f64::from(dot(a, b))).sum()
+}
+
+vectorized! {
+    fn dot(a: &[f32], b: &[f32]) -> f32 {
+        crate::vectorize::dot(a, b)
+    }
+}
+
+vectorized! {
+    fn add_scaled(out: &mut [f32], scale: f32, x: &[f32]) {
+        out.iter_mut().zip(x).for_each(|(out, x)| *out += scale * x);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adamw;
+    use crate::probe::{close, numbers};
+
+    #[test]
+    fn everything_equals_the_explicit_gradient_of_the_basis() {
+        // More than one chunk, and an odd tail.
+        let (size, capacity, experts) = (CHUNK + 5, 3, 2);
+        let basis = numbers(capacity * size, 1);
+        let coefficients = [numbers(capacity, 2), vec![0.0, 0.5, -2.0]];
+        let gradients = [numbers(size, 3), numbers(size, 4)];
+        let coefficients: Vec<&[f32]> = coefficients.iter().map(Vec::as_slice).collect();
+        let gradients: Vec<&[f32]> = gradients.iter().map(Vec::as_slice).collect();
+
+        let mut mixed = vec![7.0; size];
+        mix(&basis, coefficients[0], &mut mixed);
+        for i in (0..size).step_by(311).chain([size - 1]) {
+            let expected: f64 = (0..capacity).map(|r| f64::from(coefficients[0][r]) * f64::from(basis[r * size + i])).sum();
+            close(f64::from(mixed[i]), expected, 1e-6);
+        }
+
+        let explicit: Vec<f32> = (0..capacity * size)
+            .map(|i| (0..experts).map(|e| coefficients[e][i / size] * gradients[e][i % size]).sum())
+            .collect();
+        let norm = squared_norm(&coefficients, &gram(&gradients)).sqrt();
+        assert!((norm / adamw::norm(&explicit) - 1.0).abs() < 1e-6);
+
+        let found = coefficient_gradients(&basis, &gradients);
+        for e in 0..experts {
+            for r in 0..capacity {
+                let row = &basis[r * size..(r + 1) * size];
+                let expected: f64 = row.iter().zip(gradients[e]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                close(f64::from(found[e * capacity + r]), expected, 1e-5);
+            }
+        }
+
+        let factors = Factors {
+            learning_rate: 0.01,
+            decay: 0.1,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            correction1: 0.1,
+            correction2: 0.05,
+            gradient_scale: 0.5,
+        };
+        let start = || (basis.clone(), vec![0.1; basis.len()], vec![0.2; basis.len()]);
+        let (mut p, mut m, mut v) = start();
+        step(&mut p, &mut m, &mut v, &coefficients, &gradients, factors);
+        let (mut p2, mut m2, mut v2) = start();
+        adamw::step(&mut p2, &explicit, &mut m2, &mut v2, factors);
+        assert!(p == p2 && m == m2 && v == v2);
+    }
+
+    #[test]
+    fn no_experts_change_nothing() {
+        assert_eq!(coefficient_gradients(&[1.0], &[]), Vec::<f32>::new());
+        assert_eq!(squared_norm(&[], &gram(&[])), 0.0);
+    }
+}
