@@ -238,11 +238,11 @@ impl Projected {
             let mut mixing_gradient = vec![0.0; mixing.len()];
             for ((i, _), slopes) in self.mlp_gradients.iter().zip(slopes.chunks_exact(capacity)) {
                 let expert = self.tensors.expert(&self.parameters, *i);
-                for q in 0..expert_size {
-                    let row = q * capacity..(q + 1) * capacity;
-                    let along: f32 = mixing[row.clone()].iter().zip(slopes).map(|(m, s)| m * s).sum();
-                    mixed.experts[i * expert_size + q] += along;
-                    mixing_gradient[row].iter_mut().zip(slopes).for_each(|(sum, s)| *sum += expert[q] * s);
+                let own = &mut mixed.experts[i * expert_size..(i + 1) * expert_size];
+                let rows = mixing.chunks_exact(capacity).zip(mixing_gradient.chunks_exact_mut(capacity));
+                for (((mixing, gradient), weight), own) in rows.zip(expert).zip(own) {
+                    *own += mixing.iter().zip(slopes).map(|(m, s)| m * s).sum::<f32>();
+                    gradient.iter_mut().zip(slopes).for_each(|(sum, s)| *sum += weight * s);
                 }
             }
             mixed.mixing.push(mixing_gradient);
