@@ -28,24 +28,30 @@ pub struct Factors {
     pub gradient_scale: f32,
 }
 
-/// One step of parameters, with the first moment `m` and the second moment `v`; all four of equal length.
-pub fn step(parameters: &mut [f32], gradient: &[f32], m: &mut [f32], v: &mut [f32], factors: Factors) {
+/// One step of parameters, with the first moment `m` and the second moment `v`; all four of equal length. Leaves zeros in
+/// `gradient`, for the next sum.
+pub fn step(parameters: &mut [f32], gradient: &mut [f32], m: &mut [f32], v: &mut [f32], factors: Factors) {
     assert!(parameters.len() == gradient.len() && parameters.len() == m.len() && parameters.len() == v.len());
-    let chunks = parameters.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK));
+    if parameters.len() <= CHUNK {
+        return step_chunk(parameters, gradient, m, v, factors);
+    }
+    let chunks = parameters.par_chunks_mut(CHUNK).zip(gradient.par_chunks_mut(CHUNK));
     let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
     chunks.zip(moments).for_each(|((parameters, gradient), (m, v))| step_chunk(parameters, gradient, m, v, factors));
 }
 
 vectorized! {
-    pub(crate) fn step_chunk(parameters: &mut [f32], gradient: &[f32], m: &mut [f32], v: &mut [f32], factors: Factors) {
+    pub(crate) fn step_chunk(parameters: &mut [f32], gradient: &mut [f32], m: &mut [f32], v: &mut [f32], factors: Factors) {
         let f = factors;
         let (rate, root) = (f.learning_rate / f.correction1, 1.0 / f.correction2);
         let keep = 1.0 - f.learning_rate * f.decay;
-        for (((p, g), m), v) in parameters.iter_mut().zip(gradient).zip(m).zip(v) {
-            let g = g * f.gradient_scale;
-            *m = f.beta1 * *m + (1.0 - f.beta1) * g;
-            *v = f.beta2 * *v + (1.0 - f.beta2) * g * g;
-            *p = keep * *p - rate * *m / ((*v * root).sqrt() + f.epsilon);
+        for (((p, gradient), m), v) in parameters.iter_mut().zip(gradient).zip(m).zip(v) {
+            let g = *gradient * f.gradient_scale;
+            let first = f.beta1 * *m + (1.0 - f.beta1) * g;
+            let second = f.beta2 * *v + (1.0 - f.beta2) * g * g;
+            *p = keep * *p - rate * first / ((second * root).sqrt() + f.epsilon);
+            // All writes after all reads: buffers that begin at like addresses would make each read wait for a write.
+            (*gradient, *m, *v) = (0.0, first, second);
         }
     }
 }
@@ -81,7 +87,7 @@ mod tests {
         let (start, gradients) = (numbers(n, 1), [numbers(n, 2), numbers(n, 3)]);
         let (mut p, mut m, mut v) = (start.clone(), vec![0.0; n], vec![0.0; n]);
         for (t, gradient) in gradients.iter().enumerate() {
-            let power = t as i32 + 1;
+            let (power, mut gradient) = (t as i32 + 1, gradient.clone());
             let factors = Factors {
                 learning_rate: 0.01,
                 decay: 0.1,
@@ -92,7 +98,8 @@ mod tests {
                 correction2: 1.0 - 0.95f32.powi(power),
                 gradient_scale: 0.5,
             };
-            step(&mut p, gradient, &mut m, &mut v, factors);
+            step(&mut p, &mut gradient, &mut m, &mut v, factors);
+            assert!(gradient.iter().all(|g| *g == 0.0));
         }
         for i in (0..n).step_by(97).chain([n - 1]) {
             let (mut p64, mut m64, mut v64) = (f64::from(start[i]), 0.0, 0.0);

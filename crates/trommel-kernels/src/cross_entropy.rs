@@ -1,33 +1,47 @@
 //! The output layer and its loss: logits against an embedding, and the negative log-likelihood of each target.
 //!
-//! Logits are the largest tensor of a small model, (rows, vocab). They are formed for a chunk of rows at a time; the
-//! gradient is taken from the chunk while it is there, and the next chunk overwrites it.
+//! Logits are the largest tensor of a small model, (rows, vocab), and nobody needs them whole. A task forms those of a few
+//! rows, which stay in the cache of its core, takes the losses, and leaves the gradient of the logits in the numbers that
+//! products read. When a chunk of rows is through, the gradient of the embedding is summed over it, and the next chunk
+//! overwrites the first:
+//!
+//! ```text
+//!   per chunk of rows:   per few rows: logits, losses, gradient of the hidden rows   | meet |   per block of words: sum
+//! ```
+
+use std::cell::RefCell;
 
 use rayon::prelude::*;
 
 use crate::attention::exp_sum;
 use crate::matmul::{Matrix, MatrixMut, Target};
 use crate::panels::{Panels, Precision};
+use crate::rows::Rows;
 use crate::vectorize::vectorized;
 
 /// A target that no loss is taken of.
 pub const IGNORED: u32 = u32::MAX;
 
-/// Rows of one task; a chunk is a number of tasks.
-const TASK_ROWS: usize = 128;
+/// Rows of one task: at a vocabulary of 8,192 their logits are 1 MB, which the second cache holds.
+const TASK_ROWS: usize = 32;
 /// Rows of the embedding whose gradient one task sums.
 const VOCAB_BLOCK: usize = 256;
-/// Logits that a chunk may hold.
+/// Logits whose gradient a chunk may hold.
 const CHUNK_NUMBERS: usize = 1 << 22;
 
 fn chunk_rows(vocab: usize) -> usize {
-    (CHUNK_NUMBERS / vocab).next_multiple_of(TASK_ROWS)
+    (CHUNK_NUMBERS / vocab).next_multiple_of(TASK_ROWS).max(TASK_ROWS)
 }
 
-/// Memory that calls share: the logits of one chunk, and the operands as the products need them.
+thread_local! {
+    /// The logits of one task, (TASK_ROWS, vocab).
+    static LOGITS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Memory that calls share: the gradient of the logits of one chunk, and the operands as the products need them.
 #[derive(Debug)]
 pub struct Scratch {
-    logits: Vec<f32>,
+    gradients: Rows,   // (rows of the chunk, vocab)
     words: Panels,     // (width, vocab)
     embedding: Panels, // (vocab, width)
     hidden: Panels,    // (rows of the chunk, width)
@@ -37,7 +51,7 @@ impl Scratch {
     /// Memory for products in `precision`.
     pub fn new(precision: Precision) -> Self {
         let panels = || Panels::new(precision);
-        Scratch { logits: Vec::new(), words: panels(), embedding: panels(), hidden: panels() }
+        Scratch { gradients: Rows::new(precision), words: panels(), embedding: panels(), hidden: panels() }
     }
 }
 
@@ -61,7 +75,12 @@ impl Output<'_> {
 
     /// Writes the negative log-likelihood in nats of each target to `losses` (rows); zero where it is [`IGNORED`].
     pub fn losses(&self, losses: &mut [f32], scratch: &mut Scratch) {
-        self.chunks(losses, scratch, 0.0, |_, _, _, _| {});
+        self.check(losses);
+        let words = &mut scratch.words;
+        words.pack(Matrix::new(self.embedding, self.vocab(), self.width).transposed());
+        losses.par_chunks_mut(TASK_ROWS).with_max_len(1).enumerate().for_each(|(task, losses)| {
+            self.run(task * TASK_ROWS, words, 0.0, losses, |_| {});
+        });
     }
 
     /// [`Output::losses`], and the gradients of `scale * sum of losses`: that of the hidden rows overwrites
@@ -74,59 +93,53 @@ impl Output<'_> {
         embedding_gradient: &mut [f32],
         scratch: &mut Scratch,
     ) {
+        self.check(losses);
         assert!(hidden_gradient.len() == self.hidden.len() && embedding_gradient.len() == self.embedding.len());
         let (vocab, width) = (self.vocab(), self.width);
-        scratch.embedding.pack(Matrix::new(self.embedding, vocab, width));
-        self.chunks(losses, scratch, scale, |first, logits, embedding, hidden| {
-            let rows = logits.len() / vocab;
-            let hidden_gradient = &mut hidden_gradient[first * width..(first + rows) * width];
-            let tasks = hidden_gradient.par_chunks_mut(TASK_ROWS * width).zip(logits.par_chunks(TASK_ROWS * vocab));
-            tasks.for_each(|(gradient, logits)| {
-                let rows = logits.len() / vocab;
-                let logits = Matrix::new(logits, rows, vocab);
-                embedding.multiply(MatrixMut::new(gradient, rows, width), Target::Overwrite, logits);
+        let Scratch { gradients, words, embedding, hidden } = scratch;
+        let table = Matrix::new(self.embedding, vocab, width);
+        words.pack(table.transposed());
+        embedding.pack(table);
+        let step = chunk_rows(vocab);
+        let chunks = losses.chunks_mut(step).zip(hidden_gradient.chunks_mut(step * width)).enumerate();
+        for (chunk, (losses, hidden_gradient)) in chunks {
+            let (first, rows) = (chunk * step, losses.len());
+            gradients.reserve(rows, vocab);
+            let tasks = gradients.parts(TASK_ROWS, rows).into_par_iter().with_max_len(1).enumerate();
+            let tasks = tasks.zip(losses.par_chunks_mut(TASK_ROWS)).zip(hidden_gradient.par_chunks_mut(TASK_ROWS * width));
+            tasks.for_each(|(((task, mut gradients), losses), hidden_gradient)| {
+                let rows = losses.len();
+                self.run(first + task * TASK_ROWS, words, scale, losses, |logits| gradients.store(logits));
+                let out = MatrixMut::new(hidden_gradient, rows, width);
+                embedding.multiply_from(0, out, Target::Overwrite, gradients.operand());
             });
-            hidden.pack(Matrix::new(&self.hidden[first * width..], rows, width));
-            embedding_gradient.par_chunks_mut(VOCAB_BLOCK * width).enumerate().for_each(|(block, gradient)| {
-                let columns = gradient.len() / width;
-                let logits = Matrix::strided(&logits[block * VOCAB_BLOCK..], rows, columns, vocab);
-                hidden.multiply(MatrixMut::new(gradient, columns, width), Target::Add, logits.transposed());
+            hidden.pack(Matrix::new(&self.hidden[first * width..(first + rows) * width], rows, width));
+            let blocks = embedding_gradient.par_chunks_mut(VOCAB_BLOCK * width).with_max_len(1).enumerate();
+            blocks.for_each(|(block, sums)| {
+                let sums = MatrixMut::new(sums, sums.len() / width, width);
+                hidden.multiply_turned(sums, Target::Add, gradients, block * VOCAB_BLOCK);
             });
-        });
+        }
     }
 
-    /// Forms the logits of each chunk, takes the losses, and shows `use_chunk` the first row, the gradient of the logits,
-    /// and the two other packed operands.
-    fn chunks(
-        &self,
-        losses: &mut [f32],
-        scratch: &mut Scratch,
-        scale: f32,
-        mut use_chunk: impl FnMut(usize, &[f32], &Panels, &mut Panels),
-    ) {
-        let (vocab, width, rows) = (self.vocab(), self.width, self.targets.len());
-        assert!(self.hidden.len() == rows * width && self.embedding.len() == vocab * width && losses.len() == rows);
-        let Scratch { logits, words, embedding, hidden: packed_hidden } = scratch;
-        let step = chunk_rows(vocab).min(rows.max(1));
-        if logits.len() < step * vocab {
-            logits.resize(step * vocab, 0.0);
-        }
-        words.pack(Matrix::new(self.embedding, vocab, width).transposed());
-        for first in (0..rows).step_by(step) {
-            let here = step.min(rows - first);
-            let logits = &mut logits[..here * vocab];
-            let tasks = logits
-                .par_chunks_mut(TASK_ROWS * vocab)
-                .zip(losses[first..first + here].par_chunks_mut(TASK_ROWS))
-                .zip(self.targets[first..first + here].par_chunks(TASK_ROWS))
-                .zip(self.hidden[first * width..(first + here) * width].par_chunks(TASK_ROWS * width));
-            tasks.for_each(|(((logits, losses), targets), hidden)| {
-                let rows = targets.len();
-                words.multiply(MatrixMut::new(logits, rows, vocab), Target::Overwrite, Matrix::new(hidden, rows, width));
-                rows_of_losses(logits, targets, scale, losses);
-            });
-            use_chunk(first, logits, embedding, packed_hidden);
-        }
+    fn check(&self, losses: &[f32]) {
+        let (rows, width) = (self.targets.len(), self.width);
+        assert!(self.hidden.len() == rows * width && self.embedding.len() == self.vocab() * width && losses.len() == rows);
+    }
+
+    /// Writes the `losses` of the rows from `first` on, and shows `use_logits` the gradient of their logits.
+    fn run(&self, first: usize, words: &Panels, scale: f32, losses: &mut [f32], use_logits: impl FnOnce(Matrix<'_>)) {
+        let (vocab, width, rows) = (self.vocab(), self.width, losses.len());
+        let hidden = Matrix::new(&self.hidden[first * width..(first + rows) * width], rows, width);
+        LOGITS.with_borrow_mut(|logits| {
+            if logits.len() < rows * vocab {
+                logits.resize(rows * vocab, 0.0);
+            }
+            let logits = &mut logits[..rows * vocab];
+            words.multiply(MatrixMut::new(logits, rows, vocab), Target::Overwrite, hidden);
+            rows_of_losses(logits, &self.targets[first..first + rows], scale, losses);
+            use_logits(Matrix::new(logits, rows, vocab));
+        });
     }
 }
 
@@ -197,7 +210,7 @@ mod tests {
 
     #[test]
     fn chunks_do_not_change_a_row() {
-        // 70,000 words leave room for 128 rows in a chunk, so the rows fall into two.
+        // 70,000 words leave room for 64 rows in a chunk, so the rows fall into three.
         let (rows, vocab) = (140, 70_000);
         let (hidden, embedding) = (numbers(rows, 1), numbers(vocab, 2));
         let targets: Vec<u32> = (0..rows as u32).map(|i| i * 499).collect();

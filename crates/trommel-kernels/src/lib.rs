@@ -12,6 +12,8 @@ pub mod cross_entropy;
 pub mod embedding;
 /// What an encoder layer does between its products.
 pub mod encoder;
+/// Rounding to `bf16`, and pairs.
+mod bf16;
 /// Which instructions there are.
 pub mod isa;
 /// Products of matrices that lie in slices.
@@ -22,6 +24,10 @@ pub mod norm;
 pub mod panels;
 /// Weights that are mixed from a basis.
 pub mod projection;
+/// Left operands that were rounded once.
+pub mod rows;
+/// Products tile by tile.
+mod tiles;
 /// Rotary positions.
 pub mod rotary;
 /// One body, several instruction sets.

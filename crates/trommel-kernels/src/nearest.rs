@@ -12,9 +12,10 @@
 
 use rayon::prelude::*;
 
+use crate::bf16::round_to_bf16;
 use crate::isa::Isa;
 use crate::matmul::{Matrix, MatrixMut, Target};
-use crate::panels::{Panels, Precision, round_to_bf16};
+use crate::panels::{Panels, Precision};
 use crate::vectorize::{LANES, dot, fold, vectorized};
 
 /// Rows of a block.

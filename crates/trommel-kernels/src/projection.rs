@@ -122,7 +122,7 @@ mod tests {
             close(f64::from(mixed[i]), expected, 1e-6);
         }
 
-        let explicit: Vec<f32> = (0..capacity * size)
+        let mut explicit: Vec<f32> = (0..capacity * size)
             .map(|i| (0..experts).map(|e| coefficients[e][i / size] * gradients[e][i % size]).sum())
             .collect();
         let norm = squared_norm(&coefficients, &gram(&gradients)).sqrt();
@@ -151,7 +151,7 @@ mod tests {
         let (mut p, mut m, mut v) = start();
         step(&mut p, &mut m, &mut v, &coefficients, &gradients, factors);
         let (mut p2, mut m2, mut v2) = start();
-        adamw::step(&mut p2, &explicit, &mut m2, &mut v2, factors);
+        adamw::step(&mut p2, &mut explicit, &mut m2, &mut v2, factors);
         assert!(p == p2 && m == m2 && v == v2);
     }
 

@@ -210,8 +210,8 @@ impl<'a> Run<'a> {
     fn shard(&self) -> Result<()> {
         if self.plan.spec.shard.by == ShardBy::Cluster {
             let sharding = Sharding { engine: &self.engine, outputs: &self.outputs, plan: self.plan, margin: 1.0 };
-            let open = self.outputs.shards.iter().filter(|(_, folder)| finished(&self.outputs, folder).is_none());
-            return open.map(|(_, folder)| sharding.by_cluster(folder).map(|_| ())).collect();
+            let mut open = self.outputs.shards.iter().filter(|(_, folder)| finished(&self.outputs, folder).is_none());
+            return open.try_for_each(|(_, folder)| sharding.by_cluster(folder).map(|_| ()));
         }
         for (domain, folder) in &self.outputs.shards {
             if finished(&self.outputs, folder).is_some() {

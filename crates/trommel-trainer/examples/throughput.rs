@@ -1,4 +1,5 @@
-//! Training speed on this machine: `cargo run --release -p trommel-trainer --example throughput -- [MODEL [CONTEXT [VOCAB [f32|bf16]]]]`.
+//! Training speed on this machine: `cargo run --release -p trommel-trainer --example throughput -- [MODEL [CONTEXT [VOCAB
+//! [f32|bf16 [TOKENS PER STEP]]]]]`.
 //!
 //! Prints tokens per second of whole training steps on synthetic tokens, the operations per second that they amount to,
 //! and their share of what the same threads reach on a large product of `f32` matrices.
@@ -23,9 +24,10 @@ fn main() -> Result<()> {
     let context: usize = arguments.next().and_then(|text| text.parse().ok()).unwrap_or(256);
     let vocab: usize = arguments.next().and_then(|text| text.parse().ok()).unwrap_or(4096);
     let precision = if arguments.next().as_deref() == Some("bf16") { Precision::Bf16 } else { Precision::F32 };
+    let step_tokens: usize = arguments.next().and_then(|text| text.parse().ok()).unwrap_or(4096);
     let config = preset(&name, vocab)?;
     let recipe = Recipe::pretraining(&config, 1_500_000);
-    let sequences = 4096usize.div_ceil(context);
+    let sequences = step_tokens.div_ceil(context);
     let mut engine = Engine::new(&config, Layout::new(&config).initial(1), &candle_core::Device::Cpu, precision)?;
 
     let mut batch = Batch::new(context);
@@ -37,7 +39,8 @@ fn main() -> Result<()> {
     }
     let tokens = batch.tokens.len();
     let mut steps = Vec::new();
-    for step in 0..12 {
+    // Ten steps of 4,096 tokens, or as many more as they are smaller.
+    for step in 0..2 + 10 * 4096u64.div_ceil(tokens as u64) {
         let start = Instant::now();
         engine.accumulate(&batch, 1.0 / tokens as f32)?;
         let norm = engine.gradient_norm()?;

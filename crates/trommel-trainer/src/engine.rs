@@ -172,13 +172,17 @@ impl Engine {
                 let len = host.parameters.len();
                 host.first_moment.resize(len, 0.0);
                 host.second_moment.resize(len, 0.0);
-                for slot in self.layout.slots() {
-                    let at = slot.range.clone();
-                    let decay = if slot.decays() { factors.decay } else { 0.0 };
-                    let (m, v) = (&mut host.first_moment[at.clone()], &mut host.second_moment[at.clone()]);
-                    adamw::step(&mut host.parameters[at.clone()], &host.gradient[at], m, v, Factors { decay, ..factors });
-                }
-                host.gradient.fill(0.0);
+                let slots = self.layout.slots();
+                // One visit to the pool's threads, not one for each tensor.
+                rayon::scope(|_| {
+                    slots.iter().for_each(|slot| {
+                        let at = slot.range.clone();
+                        let decay = if slot.decays() { factors.decay } else { 0.0 };
+                        let (m, v) = (&mut host.first_moment[at.clone()], &mut host.second_moment[at.clone()]);
+                        let (parameters, gradient) = (&mut host.parameters[at.clone()], &mut host.gradient[at]);
+                        adamw::step(parameters, gradient, m, v, Factors { decay, ..factors });
+                    })
+                });
             }
             Place::Device(tape) => {
                 tape.step(factors).map_err(internal)?;

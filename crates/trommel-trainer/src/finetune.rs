@@ -20,7 +20,7 @@ use crate::parameters::Layout;
 use crate::recipe::Recipe;
 
 /// Raised when the same plan would train to other weights, so that old checkpoints are not continued.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Evaluations over the whole budget.
 const EVALUATIONS: u64 = 20;
 /// Evaluations without a better one after which training stops. Three quarters of all: a model that was pretrained on text

@@ -20,6 +20,7 @@ use trommel_kernels::cross_entropy::{self, Output};
 use trommel_kernels::matmul::{Matrix, MatrixMut, Target, multiply};
 use trommel_kernels::panels::{Panels, Precision};
 use trommel_kernels::rotary::{Table, Turn};
+use trommel_kernels::rows::Rows;
 use trommel_kernels::{activation, embedding, norm};
 
 use crate::batch::Batch;
@@ -28,6 +29,9 @@ use crate::parameters::{layer_ranges, layer_sizes};
 
 /// Rows of a weight whose gradient one task sums.
 const WEIGHT_ROWS: usize = 96;
+/// Positions that go through the MLP together: what they need beside the weights stays in the second cache. A multiple of
+/// the rows of a tile, and even, as [`Panels::store`] wants it.
+const POSITIONS: usize = 48;
 
 /// The memory of one model's passes, kept from batch to batch.
 #[derive(Debug)]
@@ -45,7 +49,7 @@ pub(crate) struct Native {
 }
 
 /// What the forward pass of one sequence keeps for the backward pass, and what one layer's backward pass leaves for the
-/// gradients of its weights.
+/// gradients of its weights. Rows that only products read are kept as these read them.
 #[derive(Debug)]
 struct Sequence {
     inputs: Vec<Vec<f32>>, // layers + 1 times (time, width): the residual stream before each layer and after the last
@@ -53,9 +57,10 @@ struct Sequence {
     out_gradient: Vec<f32>,    // (time, width), of the residual stream after the layer at hand
     middle_gradient: Vec<f32>, // (time, width), of the residual stream between attention and MLP
     in_gradient: Vec<f32>,     // (time, width), of the residual stream before the layer
-    packed_gradient: Vec<f32>, // (time, packed * mlp)
-    qkv_gradient: Vec<f32>,    // (time, 3 * width)
-    mlp_rows: Vec<f32>,        // (time, mlp), the activation
+    out_rows: Rows,            // (time, width), `out_gradient`
+    packed_rows: Rows,         // (time, packed * mlp), the gradient of `LayerRows::packed`
+    middle_rows: Rows,         // (time, width), `middle_gradient`
+    qkv_rows: Rows,            // (time, 3 * width), the gradient of `LayerRows::qkv`
     mlp_inputs: Panels,        // (time, mlp), what went into the layer's weights; see `weight_gradients`
     up_inputs: Panels,         // (time, width)
     output_inputs: Panels,     // (time, width)
@@ -64,18 +69,19 @@ struct Sequence {
     gains: [Vec<f32>; 2],      // (width) each: gradients of the two norms' gains
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct LayerRows {
     qkv: Vec<f32>,      // (time, 3 * width), queries and keys turned
     attended: Vec<f32>, // (time, width)
     log_sums: Vec<f32>, // (heads, time)
     middle: Vec<f32>,   // (time, width), residual stream
-    packed: Vec<f32>,   // (time, packed * mlp), before the activation
+    packed: Rows,       // (time, packed * mlp), before the activation
 }
 
 /// The weights of one layer, packed once per batch: transposed for the forward pass, as they are for the backward pass.
 #[derive(Debug)]
 struct LayerPanels {
+    precision: Precision,
     qkv: Panels,
     output: Panels,
     up: Panels,
@@ -85,7 +91,7 @@ struct LayerPanels {
 impl LayerPanels {
     fn new(precision: Precision) -> Self {
         let panels = || Panels::new(precision);
-        LayerPanels { qkv: panels(), output: panels(), up: panels(), down: panels() }
+        LayerPanels { precision, qkv: panels(), output: panels(), up: panels(), down: panels() }
     }
 
     fn pack<'a>(&mut self, weights: Weights<'a>, config: &Config, turn: impl Fn(Matrix<'a>) -> Matrix<'a>) {
@@ -100,8 +106,22 @@ impl LayerPanels {
 #[derive(Default)]
 struct Scratch {
     attention: attention::Scratch,
-    rows: Vec<f32>,     // (time, width)
-    mlp_rows: Vec<f32>, // (time, mlp)
+    rows: Vec<f32>,            // (time, width)
+    qkv_gradient: Vec<f32>,    // (time, 3 * width)
+    packed: Vec<f32>,          // (POSITIONS, packed * mlp)
+    packed_gradient: Vec<f32>, // (POSITIONS, packed * mlp)
+    mlp_rows: Vec<f32>,        // (POSITIONS, mlp), the activation
+}
+
+impl Scratch {
+    fn resize(&mut self, time: usize, config: &Config) {
+        self.rows.resize(time * config.width, 0.0);
+        self.qkv_gradient.resize(time * 3 * config.width, 0.0);
+        let packed = POSITIONS * config.activation.packed() * config.mlp;
+        self.packed.resize(packed, 0.0);
+        self.packed_gradient.resize(packed, 0.0);
+        self.mlp_rows.resize(POSITIONS * config.mlp, 0.0);
+    }
 }
 
 thread_local! {
@@ -146,7 +166,7 @@ impl Native {
 
     /// The negative log-likelihood in nats of each target of `batch`, (sequences, time); zero where there is none.
     pub(crate) fn losses(&mut self, parameters: &[f32], batch: &Batch) -> &[f32] {
-        self.forward(parameters, batch);
+        rayon::scope(|_| self.forward(parameters, batch));
         let embedding = &parameters[..self.config.vocab * self.config.width];
         let output = Output { hidden: &self.hidden, embedding, width: self.config.width, targets: &batch.targets };
         output.losses(&mut self.losses, &mut self.scratch);
@@ -172,6 +192,12 @@ impl Native {
         scale: f32,
         gradient: &mut [f32],
     ) -> &[f32] {
+        // One visit to the pool's threads, not one for each meeting of the tasks.
+        rayon::scope(|_| self.forward_and_backward(parameters, batch, scale, gradient));
+        &self.losses
+    }
+
+    fn forward_and_backward(&mut self, parameters: &[f32], batch: &Batch, scale: f32, gradient: &mut [f32]) {
         assert_eq!(parameters.len(), gradient.len());
         self.forward(parameters, batch);
         let config = &self.config;
@@ -184,7 +210,11 @@ impl Native {
         output.losses_and_gradients(scale, &mut self.losses, &mut self.hidden_gradient, table_gradient, &mut self.scratch);
 
         let rows = self.hidden_gradient.par_chunks(batch.time * width);
-        self.sequences.par_iter_mut().zip(rows).for_each(|(sequence, gradient)| sequence.leave(config, last_gain, gradient));
+        self.sequences
+            .par_iter_mut()
+            .zip(rows)
+            .with_max_len(1)
+            .for_each(|(sequence, gradient)| sequence.leave(config, last_gain, gradient));
         add_gains(&self.sequences, 0, last_gain_gradient);
 
         let size = layer_sizes(config).iter().sum();
@@ -193,7 +223,7 @@ impl Native {
             self.backward_panels.pack(weights, config, |weight| weight);
             let (panels, rotary) = (&self.backward_panels, &self.rotary);
             let starts = batch.starts.par_chunks(batch.time);
-            self.sequences.par_iter_mut().zip(starts).for_each(|(sequence, starts)| {
+            self.sequences.par_iter_mut().zip(starts).with_max_len(1).for_each(|(sequence, starts)| {
                 SCRATCH.with_borrow_mut(|scratch| sequence.backward(config, layer, weights, panels, starts, rotary, scratch));
             });
             weight_gradients(config, &self.sequences, gradient);
@@ -204,7 +234,6 @@ impl Native {
         for (sequence, tokens) in self.sequences.iter().zip(batch.tokens.chunks_exact(batch.time)) {
             embedding::backward(&sequence.out_gradient, width, tokens, table_gradient);
         }
-        &self.losses
     }
 
     /// Leaves the normalised last rows in `hidden` and what the backward pass needs in `sequences`.
@@ -224,26 +253,29 @@ impl Native {
         let (panels, rotary) = (&self.panels, &self.rotary);
         let rows = batch.tokens.par_chunks(batch.time).zip(batch.starts.par_chunks(batch.time));
         let hidden = self.hidden.par_chunks_mut(batch.time * width);
-        self.sequences.par_iter_mut().zip(rows).zip(hidden).for_each(|((sequence, (tokens, starts)), hidden)| {
-            SCRATCH.with_borrow_mut(|scratch| {
-                sequence.forward(config, parameters, panels, tokens, starts, rotary, hidden, scratch)
-            });
-        });
+        self.sequences.par_iter_mut().zip(rows).zip(hidden).with_max_len(1).for_each(
+            |((sequence, (tokens, starts)), hidden)| {
+                SCRATCH.with_borrow_mut(|scratch| {
+                    sequence.forward(config, parameters, panels, tokens, starts, rotary, hidden, scratch)
+                });
+            },
+        );
     }
 }
 
 impl Sequence {
     fn new(precision: Precision) -> Self {
-        let panels = || Panels::new(precision);
+        let (panels, rows) = (|| Panels::new(precision), || Rows::new(precision));
         Sequence {
             inputs: Vec::new(),
             layers: Vec::new(),
             out_gradient: Vec::new(),
             middle_gradient: Vec::new(),
             in_gradient: Vec::new(),
-            packed_gradient: Vec::new(),
-            qkv_gradient: Vec::new(),
-            mlp_rows: Vec::new(),
+            out_rows: rows(),
+            packed_rows: rows(),
+            middle_rows: rows(),
+            qkv_rows: rows(),
             mlp_inputs: panels(),
             up_inputs: panels(),
             output_inputs: panels(),
@@ -265,13 +297,12 @@ impl Sequence {
         hidden: &mut [f32],
         scratch: &mut Scratch,
     ) {
-        let (time, width, mlp) = (tokens.len(), config.width, config.mlp);
+        let (time, width) = (tokens.len(), config.width);
         let shape = Shape { time, heads: config.heads, head: config.head() };
         self.inputs.resize_with(config.layers + 1, Vec::new);
-        self.layers.resize_with(config.layers, LayerRows::default);
+        self.layers.resize_with(config.layers, || LayerRows::new(panels[0].precision));
         self.inputs.iter_mut().for_each(|rows| rows.resize(time * width, 0.0));
-        scratch.rows.resize(time * width, 0.0);
-        scratch.mlp_rows.resize(time * mlp, 0.0);
+        scratch.resize(time, config);
 
         embedding::forward(&parameters[..config.vocab * width], width, tokens, &mut self.inputs[0]);
         for (layer, (rows, panels)) in self.layers.iter_mut().zip(panels).enumerate() {
@@ -283,18 +314,21 @@ impl Sequence {
             norm::forward(input, weights.attention_gain, config.norm_eps as f32, normed);
             linear(normed, &panels.qkv, &mut rows.qkv, time, Target::Overwrite);
             rotary.apply(&mut rows.qkv, 3 * width, 2 * config.heads, 0, Turn::Forward);
-            attention::forward(shape, &rows.qkv, starts, &mut rows.attended, &mut rows.log_sums, &mut scratch.attention);
+            attention::forward(
+                shape,
+                panels.precision,
+                &rows.qkv,
+                starts,
+                &mut rows.attended,
+                &mut rows.log_sums,
+                &mut scratch.attention,
+            );
             rows.middle.copy_from_slice(input);
             linear(&rows.attended, &panels.output, &mut rows.middle, time, Target::Add);
 
             norm::forward(&rows.middle, weights.mlp_gain, config.norm_eps as f32, normed);
-            linear(normed, &panels.up, &mut rows.packed, time, Target::Overwrite);
-            match config.activation {
-                Activation::SwiGlu => activation::swiglu_forward(&rows.packed, mlp, &mut scratch.mlp_rows),
-                Activation::Gelu => activation::gelu_forward(&rows.packed, &mut scratch.mlp_rows),
-            }
             next.copy_from_slice(&rows.middle);
-            linear(&scratch.mlp_rows, &panels.down, next, time, Target::Add);
+            mlp_forward(config, panels, &mut rows.packed, next, scratch);
         }
         let last_gain = &parameters[parameters.len() - width..];
         norm::forward(&self.inputs[config.layers], last_gain, config.norm_eps as f32, hidden);
@@ -324,56 +358,105 @@ impl Sequence {
     ) {
         let (time, width, eps) = (starts.len(), config.width, config.norm_eps as f32);
         let shape = Shape { time, heads: config.heads, head: config.head() };
-        let rows = &self.layers[layer];
-        scratch.rows.resize(time * width, 0.0);
+        scratch.resize(time, config);
         self.gains.iter_mut().for_each(|gain| gain.fill(0.0));
 
-        linear(&self.out_gradient, &panels.down, &mut self.mlp_rows, time, Target::Overwrite);
-        match config.activation {
-            Activation::SwiGlu => {
-                activation::swiglu_backward(&rows.packed, config.mlp, &mut self.mlp_rows, &mut self.packed_gradient);
-            }
-            Activation::Gelu => activation::gelu_backward(&rows.packed, &mut self.mlp_rows, &mut self.packed_gradient),
-        }
-        self.mlp_inputs.pack_here(Matrix::new(&self.mlp_rows, time, config.mlp));
-        linear(&self.packed_gradient, &panels.up, &mut scratch.rows, time, Target::Overwrite);
+        self.out_rows.pack(Matrix::new(&self.out_gradient, time, width));
+        self.mlp_backward(config, layer, panels, time, scratch);
+        let rows = &self.layers[layer];
         self.middle_gradient.copy_from_slice(&self.out_gradient);
         let (normed, stream) = (&mut self.normed, &mut self.middle_gradient);
         norm::backward(&rows.middle, weights.mlp_gain, eps, &scratch.rows, normed, stream, &mut self.gains[1]);
         self.up_inputs.pack_here(Matrix::new(normed, time, width));
 
-        linear(&self.middle_gradient, &panels.output, &mut scratch.rows, time, Target::Overwrite);
+        self.middle_rows.pack(Matrix::new(&self.middle_gradient, time, width));
+        let out = MatrixMut::new(&mut scratch.rows, time, width);
+        panels.output.multiply_rows(out, Target::Overwrite, &self.middle_rows, 0);
         self.output_inputs.pack_here(Matrix::new(&rows.attended, time, width));
         let (out, sums) = (&rows.attended, &rows.log_sums);
-        attention::backward(shape, &rows.qkv, starts, out, sums, &scratch.rows, &mut self.qkv_gradient, &mut scratch.attention);
-        rotary.apply(&mut self.qkv_gradient, 3 * width, 2 * config.heads, 0, Turn::Backward);
-        linear(&self.qkv_gradient, &panels.qkv, &mut scratch.rows, time, Target::Overwrite);
+        attention::backward(
+            shape,
+            panels.precision,
+            &rows.qkv,
+            starts,
+            out,
+            sums,
+            &scratch.rows,
+            &mut scratch.qkv_gradient,
+            &mut scratch.attention,
+        );
+        rotary.apply(&mut scratch.qkv_gradient, 3 * width, 2 * config.heads, 0, Turn::Backward);
+        self.qkv_rows.pack(Matrix::new(&scratch.qkv_gradient, time, 3 * width));
+        let out = MatrixMut::new(&mut scratch.rows, time, width);
+        panels.qkv.multiply_rows(out, Target::Overwrite, &self.qkv_rows, 0);
         self.in_gradient.copy_from_slice(&self.middle_gradient);
         let (normed, stream) = (&mut self.normed, &mut self.in_gradient);
         norm::backward(&self.inputs[layer], weights.attention_gain, eps, &scratch.rows, normed, stream, &mut self.gains[0]);
         self.qkv_inputs.pack_here(Matrix::new(normed, time, width));
     }
 
+    /// The backward pass of one layer's MLP: from `out_rows` to the gradient of the normed rows, in `scratch.rows`.
+    fn mlp_backward(&mut self, config: &Config, layer: usize, panels: &LayerPanels, time: usize, scratch: &mut Scratch) {
+        let (width, mlp, packed) = (config.width, config.mlp, config.activation.packed() * config.mlp);
+        self.mlp_inputs.reserve(time, mlp);
+        self.packed_rows.reserve(time, packed);
+        for first in (0..time).step_by(POSITIONS) {
+            let here = POSITIONS.min(time - first);
+            let (mlp_rows, rows) = (&mut scratch.mlp_rows[..here * mlp], &mut scratch.packed[..here * packed]);
+            let gradient = &mut scratch.packed_gradient[..here * packed];
+            panels.down.multiply_rows(MatrixMut::new(mlp_rows, here, mlp), Target::Overwrite, &self.out_rows, first);
+            self.layers[layer].packed.load(first, rows);
+            match config.activation {
+                Activation::SwiGlu => activation::swiglu_backward(rows, mlp, mlp_rows, gradient),
+                Activation::Gelu => activation::gelu_backward(rows, mlp_rows, gradient),
+            }
+            self.mlp_inputs.store(first, Matrix::new(mlp_rows, here, mlp));
+            self.packed_rows.store(first, Matrix::new(gradient, here, packed));
+            let out = MatrixMut::new(&mut scratch.rows[first * width..(first + here) * width], here, width);
+            panels.up.multiply_rows(out, Target::Overwrite, &self.packed_rows, first);
+        }
+    }
+
     fn resize_gradients(&mut self, time: usize, config: &Config) {
-        let (width, mlp) = (config.width, config.mlp);
+        let width = config.width;
         let streams = [&mut self.out_gradient, &mut self.middle_gradient, &mut self.in_gradient];
         for rows in streams.into_iter().chain([&mut self.normed]) {
             rows.resize(time * width, 0.0);
         }
-        self.packed_gradient.resize(time * config.activation.packed() * mlp, 0.0);
-        self.qkv_gradient.resize(time * 3 * width, 0.0);
-        self.mlp_rows.resize(time * mlp, 0.0);
         self.gains.iter_mut().for_each(|gain| gain.resize(width, 0.0));
     }
 }
 
 impl LayerRows {
+    fn new(precision: Precision) -> Self {
+        let empty = Vec::new;
+        LayerRows { qkv: empty(), attended: empty(), log_sums: empty(), middle: empty(), packed: Rows::new(precision) }
+    }
+
     fn resize(&mut self, time: usize, config: &Config) {
         self.qkv.resize(time * 3 * config.width, 0.0);
         self.attended.resize(time * config.width, 0.0);
         self.log_sums.resize(time * config.heads, 0.0);
         self.middle.resize(time * config.width, 0.0);
-        self.packed.resize(time * config.activation.packed() * config.mlp, 0.0);
+        self.packed.reserve(time, config.activation.packed() * config.mlp);
+    }
+}
+
+/// Adds one layer's MLP of the normed rows, in `scratch.rows`, to the residual stream `next`; keeps what goes into the
+/// activation in `packed_rows`.
+fn mlp_forward(config: &Config, panels: &LayerPanels, packed_rows: &mut Rows, next: &mut [f32], scratch: &mut Scratch) {
+    let (width, mlp, packed) = (config.width, config.mlp, config.activation.packed() * config.mlp);
+    let blocks = scratch.rows.chunks(POSITIONS * width).zip(next.chunks_mut(POSITIONS * width)).enumerate();
+    for (block, (normed, next)) in blocks {
+        let here = next.len() / width;
+        let (rows, mlp_rows) = (&mut scratch.packed[..here * packed], &mut scratch.mlp_rows[..here * mlp]);
+        linear(normed, &panels.up, rows, here, Target::Overwrite);
+        packed_rows.store(block * POSITIONS, Matrix::new(rows, here, packed));
+        match config.activation {
+            Activation::SwiGlu => activation::swiglu_forward(rows, mlp, mlp_rows),
+            Activation::Gelu => activation::gelu_forward(rows, mlp_rows),
+        }
+        linear(mlp_rows, &panels.down, next, here, Target::Add);
     }
 }
 
@@ -388,8 +471,7 @@ struct WeightTask<'a> {
     gradient: &'a mut [f32], // (rows, in), rows of the weight from `first`
     first: usize,
     inputs: usize,
-    outputs: usize,
-    rows: fn(&Sequence) -> (&[f32], &Panels),
+    rows: fn(&Sequence) -> (&Rows, &Panels),
 }
 
 /// Adds the gradients of the layer's weights, which the backward pass of its rows has prepared, to `gradient`.
@@ -404,10 +486,10 @@ fn weight_gradients(config: &Config, sequences: &[Sequence], gradient: &mut [f32
     add_gains(sequences, 1, parts[3]);
     let [_, qkv, output, _, up, down] = &mut parts;
     let mut tasks = Vec::new();
-    add_tasks(&mut tasks, down, config.mlp, |sequence| (&sequence.out_gradient, &sequence.mlp_inputs));
-    add_tasks(&mut tasks, up, config.width, |sequence| (&sequence.packed_gradient, &sequence.up_inputs));
-    add_tasks(&mut tasks, output, config.width, |sequence| (&sequence.middle_gradient, &sequence.output_inputs));
-    add_tasks(&mut tasks, qkv, config.width, |sequence| (&sequence.qkv_gradient, &sequence.qkv_inputs));
+    add_tasks(&mut tasks, down, config.mlp, |sequence| (&sequence.out_rows, &sequence.mlp_inputs));
+    add_tasks(&mut tasks, up, config.width, |sequence| (&sequence.packed_rows, &sequence.up_inputs));
+    add_tasks(&mut tasks, output, config.width, |sequence| (&sequence.middle_rows, &sequence.output_inputs));
+    add_tasks(&mut tasks, qkv, config.width, |sequence| (&sequence.qkv_rows, &sequence.qkv_inputs));
     tasks.into_par_iter().with_max_len(1).for_each(|task| task.run(sequences));
 }
 
@@ -417,11 +499,10 @@ fn add_tasks<'a>(
     tasks: &mut Vec<WeightTask<'a>>,
     gradient: &'a mut [f32],
     inputs: usize,
-    rows: fn(&Sequence) -> (&[f32], &Panels),
+    rows: fn(&Sequence) -> (&Rows, &Panels),
 ) {
-    let outputs = gradient.len() / inputs;
     for (block, gradient) in gradient.chunks_mut(WEIGHT_ROWS * inputs).enumerate() {
-        tasks.push(WeightTask { gradient, first: block * WEIGHT_ROWS, inputs, outputs, rows });
+        tasks.push(WeightTask { gradient, first: block * WEIGHT_ROWS, inputs, rows });
     }
 }
 
@@ -430,8 +511,8 @@ impl WeightTask<'_> {
         let here = self.gradient.len() / self.inputs;
         for sequence in sequences {
             let (gradient, inputs) = (self.rows)(sequence);
-            let gradient = Matrix::strided(&gradient[self.first..], inputs.rows(), here, self.outputs);
-            inputs.multiply(MatrixMut::new(self.gradient, here, self.inputs), Target::Add, gradient.transposed());
+            let sums = MatrixMut::new(self.gradient, here, self.inputs);
+            inputs.multiply_turned(sums, Target::Add, gradient, self.first);
         }
     }
 }

@@ -20,7 +20,7 @@ use crate::recipe::{Recipe, Schedule};
 use crate::training_data::{Place, TrainingData};
 
 /// Raised when the same plan would train to other weights, so that old checkpoints are not continued.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Which steps of its schedule a pretraining takes.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -297,7 +297,7 @@ impl Projected {
             let factors = if slot.decays() { factors } else { Factors { decay: 0.0, ..factors } };
             let (parameters, m, v) = (&mut self.parameters[at.clone()], &mut m[at.clone()], &mut v[at.clone()]);
             if let Some((plain, _)) = self.tensors.shared.iter().find(|(_, range)| *range == at) {
-                adamw::step(parameters, &self.gradient[plain.range.clone()], m, v, factors);
+                adamw::step(parameters, &mut self.gradient[plain.range.clone()], m, v, factors);
             } else if slot.is_basis() {
                 let Some((l, alphas)) = layers.next() else { continue };
                 let len = self.tensors.layers[l].mlp.len();
@@ -305,12 +305,12 @@ impl Projected {
                 let alphas: Vec<&[f32]> = alphas.iter().map(Vec::as_slice).collect();
                 kernel::step(parameters, m, v, &alphas, &gradients, factors);
             } else if !self.tensors.projection.frozen
-                && let Some(gradient) = mixing.next()
+                && let Some(mut gradient) = mixing.next()
             {
-                adamw::step(parameters, &gradient, m, v, factors);
+                adamw::step(parameters, &mut gradient, m, v, factors);
             }
         }
-        self.gradient.fill(0.0);
+        // The steps have left zeros in `gradient`, where the MLPs' were set aside before.
         self.mlp_gradients.clear();
     }
 }

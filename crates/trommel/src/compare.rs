@@ -231,7 +231,7 @@ impl Comparison<'_> {
         cached: &mut bool,
     ) -> Result<Vec<Candidate>> {
         let mut starts: Vec<Candidate> = Vec::new();
-        for (index, model) in trained.iter().enumerate() {
+        for model in trained {
             let what = &model.what;
             if what.domain.as_ref().is_some_and(|d| *d != domain.name) || what.phase == Phase::Trunk {
                 continue;
@@ -263,9 +263,8 @@ impl Comparison<'_> {
                     }
                 }
                 _ if what.phase == Phase::Decay => {
-                    let before = trained[..index].iter();
-                    let trunk = before.filter(|t| t.what.phase == Phase::Trunk && t.what.seed == what.seed).map(|t| t.cost);
-                    let generic = trunk.last().unwrap_or_default();
+                    let trunk = trained.iter().find(|t| t.what.phase == Phase::Trunk && t.what.seed == what.seed);
+                    let generic = trunk.map(|t| t.cost).unwrap_or_default();
                     starts.push(Candidate { cost: generic + model.cost, generic, ..candidate });
                 }
                 _ => starts.push(candidate),

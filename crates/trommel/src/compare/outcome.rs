@@ -103,15 +103,18 @@ fn row((domain, method, variant): (&str, &str, &str), found: &[&Outcome]) -> Vec
     ]
 }
 
+/// Losses per token over domains, by stage and seed.
+type Losses<'a> = BTreeMap<(&'a str, u64), Vec<f64>>;
+
 /// `exp` of the mean over domains of the loss per token, as METHOD says; mean and deviation over seeds.
 fn macro_averages(outcomes: &[Outcome]) -> Vec<Vec<String>> {
-    let mut losses: BTreeMap<(&str, &str), BTreeMap<(&str, u64), Vec<f64>>> = BTreeMap::new();
+    let mut losses: BTreeMap<(&str, &str), Losses> = BTreeMap::new();
     for o in outcomes {
         let by_seed = losses.entry((o.method, &o.variant)).or_default();
         by_seed.entry((o.stage, o.seed)).or_default().push(o.perplexity.ln());
     }
     let most = losses.values().flat_map(|l| l.values().map(Vec::len)).max().unwrap_or(0);
-    let row = |((method, variant), by_seed): (&(&str, &str), &BTreeMap<(&str, u64), Vec<f64>>)| {
+    let row = |((method, variant), by_seed): (&(&str, &str), &Losses)| {
         let stage = |stage: &str| {
             let seeds = by_seed.iter().filter(|((s, _), losses)| *s == stage && losses.len() == most);
             let means: Vec<f64> = seeds.map(|(_, losses)| spread(losses).0.exp()).collect();

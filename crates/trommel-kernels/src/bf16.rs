@@ -1,0 +1,362 @@
+//! Rounding to `bf16`, and pairs of it: two numbers in 32 bits, the first in the low half, as one instruction multiplies them.
+//!
+//! Where the processor itself rounds, numbers below the smallest normal one become zero, for which its products take them
+//! anyway. Any NaN becomes a quiet one.
+
+use crate::isa::Isa;
+use crate::vectorize::vectorized;
+
+/// The `bf16` nearest to `x`, ties to even, in the low half; any NaN becomes the quiet one.
+#[inline(always)]
+pub(crate) fn round(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    if x.is_nan() { 0x7fc0 } else { rounded }
+}
+
+/// The number of `bf16` that is nearest to `x`.
+#[inline(always)]
+pub(crate) fn round_to_bf16(x: f32) -> f32 {
+    f32::from_bits(round(x) << 16)
+}
+
+vectorized! {
+    /// Rounds each number to `bf16`.
+    pub(crate) fn round_all(numbers: &mut [f32]) {
+        numbers.iter_mut().for_each(|x| *x = round_to_bf16(*x));
+    }
+}
+
+/// Pairs numbers that follow each other; the last one of an odd number is paired with zero.
+#[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "calls a variant after checking for its instructions"))]
+pub(crate) fn pair_up(numbers: &[f32], pairs: &mut [u32]) {
+    assert_eq!(pairs.len(), numbers.len().div_ceil(2));
+    #[cfg(target_arch = "x86_64")]
+    if Isa::current() >= Isa::Avx512Bf16 {
+        // SAFETY: the level has the instructions.
+        return unsafe { hardware::pair_up(numbers, pairs) };
+    }
+    for (numbers, pair) in numbers.chunks(2).zip(pairs) {
+        *pair = round(numbers[0]) | numbers.get(1).map_or(0, |x| round(*x) << 16);
+    }
+}
+
+/// Pairs each number of `even` with that of `odd` beside it, or with zero where `odd` is empty.
+#[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "calls a variant after checking for its instructions"))]
+pub(crate) fn interleave(even: &[f32], odd: &[f32], pairs: &mut [u32]) {
+    assert!(even.len() == pairs.len() && (odd.is_empty() || odd.len() == pairs.len()));
+    #[cfg(target_arch = "x86_64")]
+    if Isa::current() >= Isa::Avx512Bf16 {
+        // SAFETY: the level has the instructions.
+        return unsafe { hardware::interleave(even, odd, pairs) };
+    }
+    for (i, pair) in pairs.iter_mut().enumerate() {
+        *pair = round(even[i]) | odd.get(i).map_or(0, |x| round(*x) << 16);
+    }
+}
+
+/// Numbers `first..first + pairs.len()` of two rows that are in pairs themselves: pairs each number of `even` with that of
+/// `odd` beside it, or with zero where `odd` is empty.
+#[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "calls a variant after checking for its instructions"))]
+pub(crate) fn interleave_pairs(even: &[u32], odd: &[u32], first: usize, pairs: &mut [u32]) {
+    let end = first + pairs.len();
+    assert!(end <= 2 * even.len() && (odd.is_empty() || end <= 2 * odd.len()));
+    #[cfg(target_arch = "x86_64")]
+    if Isa::current() >= Isa::Avx512Bf16 {
+        // SAFETY: the level has the instructions, and the lengths were checked.
+        return unsafe { hardware::interleave_pairs(even, odd, first, pairs) };
+    }
+    let half = |row: &[u32], i: usize| row.get(i / 2).map_or(0, |pair| pair >> (i % 2 * 16) & 0xffff);
+    for (i, pair) in (first..end).zip(pairs) {
+        *pair = half(even, i) | half(odd, i) << 16;
+    }
+}
+
+/// Asks for numbers `first..first + columns` of a row in pairs, which will be read soon: the processor does not foresee pieces
+/// of rows that lie far apart. Does nothing for what is not there.
+#[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "a hint on a raw pointer"))]
+pub(crate) fn fetch(row: &[u32], first: usize, columns: usize) {
+    /// Pairs in a line of the cache.
+    const LINE: usize = 16;
+    let (from, to) = (first / 2, (first + columns).div_ceil(2).min(row.len()));
+    for line in row.get(from..to).unwrap_or_default().chunks(LINE) {
+        // SAFETY: a hint reads nothing, and the line is within the row.
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.as_ptr().cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = line;
+    }
+}
+
+vectorized! {
+    /// The numbers of pairs, in their order; as many as `numbers` holds.
+    pub(crate) fn unpair(pairs: &[u32], numbers: &mut [f32]) {
+        for (numbers, pair) in numbers.chunks_mut(2).zip(pairs) {
+            numbers[0] = f32::from_bits(pair << 16);
+            if let Some(number) = numbers.get_mut(1) {
+                *number = f32::from_bits(pair & 0xffff_0000);
+            }
+        }
+    }
+}
+
+/// Columns that [`pair_up_columns`] takes at once.
+pub(crate) const COLUMNS: usize = 16;
+
+/// Pairs the numbers of each of `columns` columns, at most 16, and writes pair `l` of every column to row `l` of `out`; rows
+/// are `stride` apart and filled up to 16 with zeros. Column `c` has the `rows` numbers from `c * column_stride` on.
+#[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "calls a variant after checking for its instructions"))]
+pub(crate) fn pair_up_columns(
+    source: &[f32],
+    column_stride: usize,
+    (rows, columns): (usize, usize),
+    out: &mut [u32],
+    stride: usize,
+) {
+    assert!(rows > 0 && (1..=COLUMNS).contains(&columns) && stride >= COLUMNS);
+    assert!((columns - 1) * column_stride + rows <= source.len() && (rows.div_ceil(2) - 1) * stride + COLUMNS <= out.len());
+    #[cfg(target_arch = "x86_64")]
+    if Isa::current() >= Isa::Avx512Bf16 {
+        // SAFETY: the level has the instructions, and the lengths were checked.
+        return unsafe { hardware::pair_up_columns(source, column_stride, (rows, columns), out, stride) };
+    }
+    for (step, out) in out.chunks_mut(stride).take(rows.div_ceil(2)).enumerate() {
+        out[..COLUMNS].fill(0);
+        for (column, pair) in out[..columns].iter_mut().enumerate() {
+            let column = &source[column * column_stride..][..rows];
+            *pair = round(column[2 * step]) | column.get(2 * step + 1).map_or(0, |x| round(*x) << 16);
+        }
+    }
+}
+
+/// The same in the instructions of the one level that makes pairs.
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "instructions of one processor family, on raw pointers")]
+mod hardware {
+    use std::arch::x86_64::*;
+
+    /// Numbers in a register.
+    const LANES: usize = 16;
+
+    /// A mask of the first `n` lanes, at most all.
+    fn lanes(n: usize) -> u16 {
+        ((1u32 << n.min(LANES)) - 1) as u16
+    }
+
+    /// Rounds 16 numbers of `low` and 16 of `high`, in this order.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[inline]
+    fn rounded(low: __m512, high: __m512) -> __m512i {
+        // SAFETY: both are 512 bits without an invalid pattern.
+        unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub(super) fn pair_up(numbers: &[f32], pairs: &mut [u32]) {
+        let whole = numbers.len() / (2 * LANES);
+        let (head, tail) = (&numbers[..whole * 2 * LANES], &numbers[whole * 2 * LANES..]);
+        let (pairs, last) = pairs.split_at_mut(whole * LANES);
+        for (numbers, pairs) in head.chunks_exact(2 * LANES).zip(pairs.chunks_exact_mut(LANES)) {
+            // SAFETY: there are as many numbers as two registers hold, and as many pairs as one.
+            unsafe {
+                let at = numbers.as_ptr();
+                let pair = rounded(_mm512_loadu_ps(at), _mm512_loadu_ps(at.add(LANES)));
+                _mm512_storeu_si512(pairs.as_mut_ptr().cast(), pair);
+            }
+        }
+        for (numbers, pairs) in tail.chunks(2 * LANES).zip(last.chunks_mut(LANES)) {
+            // SAFETY: the masks leave out what is not in the slices, whose lengths the caller has checked.
+            unsafe {
+                let at = numbers.as_ptr();
+                let low = _mm512_maskz_loadu_ps(lanes(numbers.len()), at);
+                let high = _mm512_maskz_loadu_ps(lanes(numbers.len().saturating_sub(LANES)), at.wrapping_add(LANES));
+                _mm512_mask_storeu_epi32(pairs.as_mut_ptr().cast(), lanes(pairs.len()), rounded(low, high));
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub(super) fn interleave(even: &[f32], odd: &[f32], pairs: &mut [u32]) {
+        // Lane 2i is number i of the first half, lane 2i + 1 number i of the second.
+        let order: [u16; 2 * LANES] = std::array::from_fn(|i| (i / 2 + i % 2 * LANES) as u16);
+        // SAFETY: the array has 512 bits.
+        let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
+        let whole = if odd.is_empty() { 0 } else { pairs.len() / LANES };
+        let rows = even.chunks_exact(LANES).zip(odd.chunks_exact(LANES));
+        for ((even, odd), pairs) in rows.zip(pairs.chunks_exact_mut(LANES)) {
+            // SAFETY: each slice holds as many numbers as a register.
+            unsafe {
+                let pair = rounded(_mm512_loadu_ps(even.as_ptr()), _mm512_loadu_ps(odd.as_ptr()));
+                _mm512_storeu_si512(pairs.as_mut_ptr().cast(), _mm512_permutexvar_epi16(order, pair));
+            }
+        }
+        for (i, pairs) in pairs.chunks_mut(LANES).enumerate().skip(whole) {
+            let mask = lanes(pairs.len());
+            // SAFETY: the mask leaves out what is not in the slices, whose lengths the caller has checked.
+            unsafe {
+                let low = _mm512_maskz_loadu_ps(mask, even.as_ptr().add(i * LANES));
+                let high =
+                    if odd.is_empty() { _mm512_setzero_ps() } else { _mm512_maskz_loadu_ps(mask, odd.as_ptr().add(i * LANES)) };
+                let pair = _mm512_permutexvar_epi16(order, rounded(low, high));
+                _mm512_mask_storeu_epi32(pairs.as_mut_ptr().cast(), mask, pair);
+            }
+        }
+    }
+
+    /// # Safety
+    /// The processor has the instructions; the rows, unless `odd` is empty, hold the numbers that `pairs` gets.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub(super) unsafe fn interleave_pairs(even: &[u32], odd: &[u32], first: usize, pairs: &mut [u32]) {
+        let number = |row: &[u32], i: usize| row.as_ptr().cast::<i16>().wrapping_add(first + i);
+        for (chunk, pairs) in pairs.chunks_mut(LANES).enumerate() {
+            let mask = lanes(pairs.len());
+            // SAFETY: the mask leaves out what the caller has not promised.
+            unsafe {
+                let low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, number(even, chunk * LANES)));
+                let pair = if odd.is_empty() {
+                    low
+                } else {
+                    let high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, number(odd, chunk * LANES)));
+                    _mm512_or_si512(low, _mm512_slli_epi32(high, 16))
+                };
+                _mm512_mask_storeu_epi32(pairs.as_mut_ptr().cast(), mask, pair);
+            }
+        }
+    }
+
+    /// # Safety
+    /// The processor has the instructions; the slices hold what the sizes name.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub(super) unsafe fn pair_up_columns(
+        source: &[f32],
+        column_stride: usize,
+        (rows, columns): (usize, usize),
+        out: &mut [u32],
+        stride: usize,
+    ) {
+        for from in (0..rows).step_by(2 * LANES) {
+            let here = (rows - from).min(2 * LANES);
+            let (low, high) = (lanes(here), lanes(here.saturating_sub(LANES)));
+            let mut lines = [_mm512_setzero_si512(); LANES];
+            for (column, line) in lines[..columns].iter_mut().enumerate() {
+                let at = source.as_ptr().wrapping_add(column * column_stride + from);
+                // SAFETY: the masks leave out what lies beyond the column.
+                *line = unsafe { rounded(_mm512_maskz_loadu_ps(low, at), _mm512_maskz_loadu_ps(high, at.wrapping_add(LANES))) };
+            }
+            for (step, line) in transposed(lines).into_iter().take(here.div_ceil(2)).enumerate() {
+                // SAFETY: the caller has checked that `out` has 16 numbers of each row.
+                unsafe { _mm512_storeu_si512(out.as_mut_ptr().add((from / 2 + step) * stride).cast(), line) }
+            }
+        }
+    }
+
+    /// Exchanges rows and columns of 16 x 16 numbers of 32 bits.
+    #[target_feature(enable = "avx512f")]
+    fn transposed(mut r: [__m512i; LANES]) -> [__m512i; LANES] {
+        let mut t = r;
+        for i in 0..8 {
+            t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+            t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+        }
+        for i in (0..LANES).step_by(4) {
+            r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+            r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+            r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+            r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+        }
+        // Now quarter q of r[4 i + k] is column 4 q + k of rows 4 i to 4 i + 3.
+        for k in 0..4 {
+            let even = [0, 8].map(|i| _mm512_shuffle_i32x4(r[i + k], r[i + 4 + k], 0x88));
+            let odd = [0, 8].map(|i| _mm512_shuffle_i32x4(r[i + k], r[i + 4 + k], 0xdd));
+            t[k] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
+            t[8 + k] = _mm512_shuffle_i32x4(even[0], even[1], 0xdd);
+            t[4 + k] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+            t[12 + k] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
+        }
+        t
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::probe::numbers;
+
+    #[test]
+    fn rounding_follows_the_half_crate() {
+        let odd =
+            [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::MIN_POSITIVE / 3.0, f32::MAX, -f32::MAX, 1.0 + f32::EPSILON];
+        let ties = (0..64u32).map(|i| f32::from_bits(0x3f80_7f80 + i * 0x40));
+        for x in odd.into_iter().chain(ties).chain(numbers(1000, 5)) {
+            assert_eq!(round(x), u32::from(half::bf16::from_f32(x).to_bits()), "{x}");
+        }
+        for nan in [f32::NAN, -f32::NAN, f32::from_bits(0x7f80_0001), f32::from_bits(0xffff_ffff)] {
+            assert!(f32::from_bits(round(nan) << 16).is_nan());
+        }
+    }
+
+    #[test]
+    fn pairs_hold_rounded_numbers_at_every_length() {
+        let special = [f32::INFINITY, f32::NEG_INFINITY, f32::MAX, 0.0, -0.0, 1.0 + f32::EPSILON];
+        let x: Vec<f32> = special.into_iter().chain(numbers(200, 1)).collect();
+        let pair = |low: Option<&f32>, high: Option<&f32>| low.map_or(0, |x| round(*x)) | high.map_or(0, |x| round(*x)) << 16;
+        for n in 1..100usize {
+            let mut pairs = vec![7; n.div_ceil(2)];
+            pair_up(&x[..n], &mut pairs);
+            let expected: Vec<u32> = x[..n].chunks(2).map(|x| pair(x.first(), x.get(1))).collect();
+            assert_eq!(pairs, expected);
+
+            let (even, odd) = (&x[..n], &x[50..50 + n]);
+            let mut pairs = vec![7; n];
+            interleave(even, odd, &mut pairs);
+            assert!(pairs.iter().enumerate().all(|(i, got)| *got == pair(even.get(i), odd.get(i))));
+            interleave(even, &[], &mut pairs);
+            assert!(pairs.iter().enumerate().all(|(i, got)| *got == pair(even.get(i), None)));
+        }
+        for (n, first) in [(1, 0), (96, 4), (33, 2), (70, 0)] {
+            let rows = [&x[..n + first], &x[50..50 + n + first]].map(|x| {
+                let mut pairs = vec![0; x.len().div_ceil(2)];
+                pair_up(x, &mut pairs);
+                let mut numbers = vec![0.0; x.len()];
+                unpair(&pairs, &mut numbers);
+                assert!(numbers.iter().zip(x).all(|(got, x)| *got == round_to_bf16(*x)));
+                pairs
+            });
+            for odd in [&rows[1][..], &[]] {
+                let mut pairs = vec![7; n];
+                interleave_pairs(&rows[0], odd, first, &mut pairs);
+                let second = if odd.is_empty() { &[][..] } else { &x[50..] };
+                assert!((0..n).all(|i| pairs[i] == pair(x.get(first + i), second.get(first + i))));
+            }
+        }
+        let mut pairs = [0; 1];
+        pair_up(&[f32::NAN, 1.0], &mut pairs);
+        assert!(f32::from_bits(pairs[0] << 16).is_nan());
+    }
+
+    #[test]
+    fn columns_of_pairs_are_turned() {
+        for (rows, columns, column_stride) in [(1usize, 1, 1), (5, 3, 9), (32, 16, 32), (67, 16, 70), (64, 7, 64)] {
+            let x = numbers(columns * column_stride, 3);
+            let stride = 20;
+            let mut out = vec![9; rows.div_ceil(2) * stride];
+            pair_up_columns(&x, column_stride, (rows, columns), &mut out, stride);
+            for (step, line) in out.chunks_exact(stride).enumerate() {
+                for (column, got) in line.iter().enumerate() {
+                    let at = |row: usize| if row < rows { round(x[column * column_stride + row]) } else { 0 };
+                    let pair = |_| at(2 * step) | at(2 * step + 1) << 16;
+                    let expected = if column < columns {
+                        pair(())
+                    } else if column < COLUMNS {
+                        0
+                    } else {
+                        9
+                    };
+                    assert_eq!(*got, expected);
+                }
+            }
+        }
+    }
+}
