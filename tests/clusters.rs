@@ -75,17 +75,21 @@ fn a_killed_run_ends_like_an_undisturbed_one() {
 #[test]
 fn every_method_trains_on_clusters_and_repeats_itself() {
     let bench = Bench::new();
-    let train = "train={model: slm-1m, context: 64, tokens: 4k, methods: [slm, slm-is, slm-nopt, slm-pn, slm-mix, trunk-decay, llm], \
-                 llm: slm-3m, levels: [1, 2], seeds: {slm: 2}, experts: {levels: [1], choices: [top-cluster, lowest-loss, mixture]}}";
+    let train = "train={model: slm-1m, context: 64, tokens: 4k, methods: [slm, slm-is, slm-nopt, slm-pn, slm-mix, trunk-decay, llm, slm-d, lora, lora-mix], \
+                 llm: slm-3m, levels: [1, 2], seeds: {slm: 2}, experts: {levels: [1], choices: [top-cluster, lowest-loss, mixture, best-tuned]}}";
     let settings = ["--set", train, "--set", "finetune={tokens: 2k}"];
     let report = run(&bench, &settings);
     let rows = report["results"].as_array().unwrap();
     let count = |method: &str, stage: &str| rows.iter().filter(|r| r["method"] == method && r["stage"] == stage).count();
     // For each of two domains.
-    for (method, models) in [("slm", 2), ("slm-is", 2), ("slm-pn", 3), ("slm-mix", 1), ("trunk-decay", 1), ("llm", 1)] {
+    for (method, models) in
+        [("slm", 2), ("slm-is", 2), ("slm-pn", 4), ("lora-mix", 4), ("slm-mix", 1), ("trunk-decay", 1), ("llm", 1)]
+    {
         assert_eq!((count(method, "pretrained"), count(method, "finetuned")), (2 * models, 2 * models), "{method}");
     }
-    assert_eq!((count("slm-nopt", "pretrained"), count("slm-nopt", "finetuned")), (0, 2));
+    for method in ["slm-nopt", "slm-d", "lora"] {
+        assert_eq!((count(method, "pretrained"), count(method, "finetuned")), (0, 2), "{method}");
+    }
     for row in rows {
         assert!(row["perplexity"].as_f64().is_some_and(f64::is_finite), "{row}");
         let (all, generic) = (row["train_tokens"].as_u64().unwrap(), row["generic"]["tokens"].as_u64().unwrap());
@@ -100,6 +104,13 @@ fn every_method_trains_on_clusters_and_repeats_itself() {
     let again = run(&bench, &settings);
     assert!(again["stages"].as_array().unwrap().iter().all(|s| s["cached"] == true), "{again}");
     assert_eq!(again["results"], report["results"]);
+    // Another domain leaves alone what the others are trained on.
+    let made = |stage: &str| std::fs::read_dir(bench.path("runs/small").join(stage)).unwrap().count();
+    let (before, tuned) = (made("train"), made("finetune"));
+    run(&bench, &[&settings[..], &["--set", "domains.tables={train: sacred/train.jsonl, test: sacred/test.jsonl}"]].concat());
+    // slm-is of two levels and a decay; every start but slm-mix's once, three choices that may agree, and slm-nopt.
+    assert_eq!(made("train") - before, 3);
+    assert!(made("finetune") - tuned <= 20);
     let planned = bench.call(&[&["plan", "p.yaml", "--json"], &BY_CLUSTER[..], &settings].concat()).json();
     assert!(planned["stages"].as_array().unwrap().iter().all(|s| s["cached"] == true), "{planned}");
     project(&bench);
@@ -158,6 +169,11 @@ fn plans_that_contradict_themselves_are_refused_with_their_places() {
         (vec![train("methods: [slm-pn]")], "`slm-pn` draws clusters"),
         (vec![train("methods: [llm]")], "`llm` needs `train.llm`"),
         (vec![train("levels: [1]")], "levels need shards by cluster"),
+        (vec![train("seeds: {llm: 2}")], "`llm` is not among"),
+        (vec![train("methods: [slm, slm]")], "unique"),
+        (vec![train("methods: [slm, slm-d]")], "`slm-d` is `slm` taught by `llm`"),
+        (vec![train("methods: [slm-is, lora]"), "finetune={tokens: 1k}".into()], "`lora` adapts the model of `slm`"),
+        (vec![train("experts: {choices: [best-tuned]}")], "`best-tuned` needs fine-tuning"),
         (vec![train("experts: {levels: [3]}"), "shard.by=cluster".into()], "no level 3"),
         (vec![train("methods: [slm]"), "shard.by=cluster".into(), "weigh.max_epochs=2".into()], "drawn without a cap"),
     ] {

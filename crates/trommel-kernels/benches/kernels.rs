@@ -99,7 +99,7 @@ fn cross_entropy(criterion: &mut Criterion) {
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 let gradient = black_box(&mut gradient);
-                output.losses_and_gradients(1.0, &mut losses, gradient, &mut embedding_gradient, &mut scratch);
+                output.losses_and_gradients(None, 1.0, &mut losses, gradient, &mut embedding_gradient, &mut scratch);
             });
         });
     }

@@ -8,8 +8,11 @@
 //! ```text
 //!   per chunk of rows:   per few rows: logits, losses, gradient of the hidden rows   | meet |   per block of words: sum
 //! ```
+//!
+//! With a [`Teacher`], a task forms the teacher's logits of the same few rows beside them.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -17,7 +20,7 @@ use crate::attention::exp_sum;
 use crate::matmul::{Matrix, MatrixMut, Target};
 use crate::panels::{Panels, Precision};
 use crate::rows::Rows;
-use crate::vectorize::vectorized;
+use crate::vectorize::{dot, vectorized};
 
 /// A target that no loss is taken of.
 pub const IGNORED: u32 = u32::MAX;
@@ -34,8 +37,8 @@ fn chunk_rows(vocab: usize) -> usize {
 }
 
 thread_local! {
-    /// The logits of one task, (TASK_ROWS, vocab).
-    static LOGITS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// The logits of one task, (TASK_ROWS, vocab), and with a teacher its logits and a row more.
+    static LOGITS: RefCell<[Vec<f32>; 3]> = const { RefCell::new([Vec::new(), Vec::new(), Vec::new()]) };
 }
 
 /// Memory that calls share: the gradient of the logits of one chunk, and the operands as the products need them.
@@ -45,13 +48,14 @@ pub struct Scratch {
     words: Panels,     // (width, vocab)
     embedding: Panels, // (vocab, width)
     hidden: Panels,    // (rows of the chunk, width)
+    taught: Panels,    // (width of the teacher, vocab)
 }
 
 impl Scratch {
     /// Memory for products in `precision`.
     pub fn new(precision: Precision) -> Self {
         let panels = || Panels::new(precision);
-        Scratch { gradients: Rows::new(precision), words: panels(), embedding: panels(), hidden: panels() }
+        Scratch { gradients: Rows::new(precision), words: panels(), embedding: panels(), hidden: panels(), taught: panels() }
     }
 }
 
@@ -68,6 +72,23 @@ pub struct Output<'a> {
     pub targets: &'a [u32],
 }
 
+/// Another model over the same vocabulary, whose next-word distributions are learnt beside the targets. The loss of a row is
+/// `(1 - weight) * NLL(target) + weight * temperature^2 * H(q, p)` with `q` and `p` the softmax of the teacher's and of our logits,
+/// each divided by the temperature, and `H` their cross-entropy. [Hinton et al., arXiv 1503.02531]
+#[derive(Debug, Clone, Copy)]
+pub struct Teacher<'a> {
+    /// Rows of its last layer, (rows, width), for the rows of the [`Output`].
+    pub hidden: &'a [f32],
+    /// Its embedding, (vocab, width).
+    pub embedding: &'a [f32],
+    /// Its numbers per row.
+    pub width: usize,
+    /// The share of the loss that it has (0 to 1).
+    pub weight: f32,
+    /// What logits are divided by (above 0).
+    pub temperature: f32,
+}
+
 impl Output<'_> {
     fn vocab(&self) -> usize {
         self.embedding.len() / self.width
@@ -79,14 +100,15 @@ impl Output<'_> {
         let words = &mut scratch.words;
         words.pack(Matrix::new(self.embedding, self.vocab(), self.width).transposed());
         losses.par_chunks_mut(TASK_ROWS).with_max_len(1).enumerate().for_each(|(task, losses)| {
-            self.run(task * TASK_ROWS, words, 0.0, losses, |_| {});
+            self.run(task * TASK_ROWS, words, None, 0.0, losses, |_| {});
         });
     }
 
-    /// [`Output::losses`], and the gradients of `scale * sum of losses`: that of the hidden rows overwrites
-    /// `hidden_gradient` (rows, width), that of the embedding is added to `embedding_gradient` (vocab, width).
+    /// The losses, mixed with those against a `teacher`, and the gradients of `scale * sum of losses`: that of the hidden rows
+    /// overwrites `hidden_gradient` (rows, width), that of the embedding is added to `embedding_gradient` (vocab, width).
     pub fn losses_and_gradients(
         &self,
+        teacher: Option<Teacher<'_>>,
         scale: f32,
         losses: &mut [f32],
         hidden_gradient: &mut [f32],
@@ -96,10 +118,16 @@ impl Output<'_> {
         self.check(losses);
         assert!(hidden_gradient.len() == self.hidden.len() && embedding_gradient.len() == self.embedding.len());
         let (vocab, width) = (self.vocab(), self.width);
-        let Scratch { gradients, words, embedding, hidden } = scratch;
+        let Scratch { gradients, words, embedding, hidden, taught } = scratch;
         let table = Matrix::new(self.embedding, vocab, width);
         words.pack(table.transposed());
         embedding.pack(table);
+        if let Some(teacher) = teacher {
+            assert!(teacher.hidden.len() == self.targets.len() * teacher.width, "the teacher has seen other rows");
+            taught.pack(Matrix::new(teacher.embedding, vocab, teacher.width).transposed());
+        }
+        let taught = &*taught;
+        let teacher = teacher.map(|teacher| (teacher, taught));
         let step = chunk_rows(vocab);
         let chunks = losses.chunks_mut(step).zip(hidden_gradient.chunks_mut(step * width)).enumerate();
         for (chunk, (losses, hidden_gradient)) in chunks {
@@ -109,7 +137,7 @@ impl Output<'_> {
             let tasks = tasks.zip(losses.par_chunks_mut(TASK_ROWS)).zip(hidden_gradient.par_chunks_mut(TASK_ROWS * width));
             tasks.for_each(|(((task, mut gradients), losses), hidden_gradient)| {
                 let rows = losses.len();
-                self.run(first + task * TASK_ROWS, words, scale, losses, |logits| gradients.store(logits));
+                self.run(first + task * TASK_ROWS, words, teacher, scale, losses, |logits| gradients.store(logits));
                 let out = MatrixMut::new(hidden_gradient, rows, width);
                 embedding.multiply_from(0, out, Target::Overwrite, gradients.operand());
             });
@@ -128,18 +156,95 @@ impl Output<'_> {
     }
 
     /// Writes the `losses` of the rows from `first` on, and shows `use_logits` the gradient of their logits.
-    fn run(&self, first: usize, words: &Panels, scale: f32, losses: &mut [f32], use_logits: impl FnOnce(Matrix<'_>)) {
-        let (vocab, width, rows) = (self.vocab(), self.width, losses.len());
-        let hidden = Matrix::new(&self.hidden[first * width..(first + rows) * width], rows, width);
-        LOGITS.with_borrow_mut(|logits| {
-            if logits.len() < rows * vocab {
-                logits.resize(rows * vocab, 0.0);
+    fn run(
+        &self,
+        first: usize,
+        words: &Panels,
+        teacher: Option<(Teacher<'_>, &Panels)>,
+        scale: f32,
+        losses: &mut [f32],
+        use_logits: impl FnOnce(Matrix<'_>),
+    ) {
+        let (vocab, rows) = (self.vocab(), losses.len());
+        let targets = &self.targets[first..first + rows];
+        LOGITS.with_borrow_mut(|[logits, taught, softened]| {
+            let logits = logits_of(logits, self.hidden, self.width, words, vocab, first..first + rows);
+            match teacher {
+                None => rows_of_losses(logits, targets, scale, losses),
+                Some((teacher, taught_words)) => {
+                    let taught = logits_of(taught, teacher.hidden, teacher.width, taught_words, vocab, first..first + rows);
+                    softened.resize(vocab, 0.0);
+                    distilled_losses(logits, taught, softened, targets, [teacher.weight, teacher.temperature], scale, losses);
+                }
             }
-            let logits = &mut logits[..rows * vocab];
-            words.multiply(MatrixMut::new(logits, rows, vocab), Target::Overwrite, hidden);
-            rows_of_losses(logits, &self.targets[first..first + rows], scale, losses);
             use_logits(Matrix::new(logits, rows, vocab));
         });
+    }
+}
+
+/// The logits of the rows `at`, (rows, vocab), in `memory`.
+fn logits_of<'a>(
+    memory: &'a mut Vec<f32>,
+    hidden: &[f32],
+    width: usize,
+    words: &Panels,
+    vocab: usize,
+    at: Range<usize>,
+) -> &'a mut [f32] {
+    let rows = at.len();
+    if memory.len() < rows * vocab {
+        memory.resize(rows * vocab, 0.0);
+    }
+    let logits = &mut memory[..rows * vocab];
+    let hidden = Matrix::new(&hidden[at.start * width..at.end * width], rows, width);
+    words.multiply(MatrixMut::new(logits, rows, vocab), Target::Overwrite, hidden);
+    logits
+}
+
+vectorized! {
+    /// [`rows_of_losses`] with a share of the loss against the distributions of the `taught` logits, which it overwrites;
+    /// `softened` (vocab) is memory for one row. The gradient of a logit is
+    /// `(1 - weight) (p - target) + weight * temperature (p_softened - q)`.
+    fn distilled_losses(
+        logits: &mut [f32],
+        taught: &mut [f32],
+        softened: &mut [f32],
+        targets: &[u32],
+        share: [f32; 2],
+        scale: f32,
+        losses: &mut [f32],
+    ) {
+        let (vocab, [weight, temperature]) = (softened.len(), share);
+        let (rows, taught_rows) = (logits.chunks_exact_mut(vocab), taught.chunks_exact_mut(vocab));
+        for (((logits, taught), target), loss) in rows.zip(taught_rows).zip(targets).zip(losses) {
+            if *target == IGNORED {
+                logits.fill(0.0);
+                *loss = 0.0;
+                continue;
+            }
+            for ((softened, logit), taught) in softened.iter_mut().zip(logits.iter()).zip(taught.iter_mut()) {
+                *softened = logit / temperature;
+                *taught /= temperature;
+            }
+            let largest = crate::attention::maximum(taught);
+            let taught_sum = exp_sum(taught, largest);
+            let product = dot(taught, softened) / taught_sum;
+            let largest = crate::attention::maximum(softened);
+            let softened_sum = exp_sum(softened, largest);
+            let against_teacher = largest + softened_sum.ln() - product;
+
+            let at_target = logits[*target as usize];
+            let largest = crate::attention::maximum(logits);
+            let sum = exp_sum(logits, largest);
+            let against_target = largest + sum.ln() - at_target;
+            *loss = (1.0 - weight) * against_target + weight * temperature * temperature * against_teacher;
+            let (own, soft) = (scale * (1.0 - weight) / sum, scale * weight * temperature / softened_sum);
+            let theirs = scale * weight * temperature / taught_sum;
+            for ((logit, softened), taught) in logits.iter_mut().zip(softened.iter()).zip(taught.iter()) {
+                *logit = own * *logit + soft * softened - theirs * taught;
+            }
+            logits[*target as usize] -= scale * (1.0 - weight);
+        }
     }
 }
 
@@ -192,7 +297,7 @@ mod tests {
             let (mut losses, mut only_losses) = (vec![0.0; rows], vec![0.0; rows]);
             let (mut dhidden, mut dembedding) = (vec![0.0; hidden.len()], vec![1.0; embedding.len()]);
             let mut scratch = Scratch::new(Precision::F32);
-            output.losses_and_gradients(0.5, &mut losses, &mut dhidden, &mut dembedding, &mut scratch);
+            output.losses_and_gradients(None, 0.5, &mut losses, &mut dhidden, &mut dembedding, &mut scratch);
             output.losses(&mut only_losses, &mut scratch);
             assert_eq!(losses, only_losses);
             for (got, expected) in losses.iter().zip(naive(&hidden, &embedding, width, &targets)) {
@@ -204,6 +309,51 @@ mod tests {
             }
             for i in (0..embedding.len()).step_by(1 + embedding.len() / 20) {
                 close(f64::from(dembedding[i]) - 1.0, slope(&embedding, i, |e| value(&hidden, e)), 1e-3);
+            }
+        }
+    }
+
+    #[test]
+    fn a_teacher_adds_its_share() {
+        let (rows, width, vocab, teacher_width) = (35, 5, 40, 3);
+        let (hidden, embedding) = (numbers(rows * width, 1), numbers(vocab * width, 2));
+        let (teacher_hidden, teacher_embedding) = (numbers(rows * teacher_width, 3), numbers(vocab * teacher_width, 4));
+        let targets: Vec<u32> = (0..rows).map(|i| if i == 1 { IGNORED } else { (i * 7 % vocab) as u32 }).collect();
+        for (weight, temperature) in [(0.0, 1.0), (0.3, 1.0), (0.7, 2.5), (1.0, 0.5)] {
+            let teacher =
+                Teacher { hidden: &teacher_hidden, embedding: &teacher_embedding, width: teacher_width, weight, temperature };
+            let logits = |hidden: &[f32], embedding: &[f32], width: usize, scale: f64| -> Vec<f64> {
+                let product = |e: &[f32]| hidden.iter().zip(e).map(|(h, e)| f64::from(*h) * f64::from(*e)).sum::<f64>();
+                embedding.chunks_exact(width).map(|e| product(e) / scale).collect()
+            };
+            let log_sum = |logits: &[f64]| logits.iter().map(|l| l.exp()).sum::<f64>().ln();
+            let value = |hidden: &[f32], embedding: &[f32], row: usize| -> f64 {
+                if targets[row] == IGNORED {
+                    return 0.0;
+                }
+                let (hidden, t) = (&hidden[row * width..(row + 1) * width], f64::from(temperature));
+                let taught = &teacher_hidden[row * teacher_width..(row + 1) * teacher_width];
+                let taught = logits(taught, &teacher_embedding, teacher_width, t);
+                let (own, softened) = (logits(hidden, embedding, width, 1.0), logits(hidden, embedding, width, t));
+                let share = |i: usize| (taught[i] - log_sum(&taught)).exp();
+                let cross: f64 = (0..vocab).map(|i| share(i) * (log_sum(&softened) - softened[i])).sum();
+                let w = f64::from(weight);
+                (1.0 - w) * (log_sum(&own) - own[targets[row] as usize]) + w * t * t * cross
+            };
+            let output = Output { hidden: &hidden, embedding: &embedding, width, targets: &targets };
+            let mut losses = vec![0.0; rows];
+            let (mut dhidden, mut dembedding) = (vec![0.0; hidden.len()], vec![0.0; embedding.len()]);
+            let mut scratch = Scratch::new(Precision::F32);
+            output.losses_and_gradients(Some(teacher), 0.5, &mut losses, &mut dhidden, &mut dembedding, &mut scratch);
+            for (row, loss) in losses.iter().enumerate() {
+                close(f64::from(*loss), value(&hidden, &embedding, row), 1e-5);
+            }
+            let sum = |hidden: &[f32], embedding: &[f32]| 0.5 * (0..rows).map(|row| value(hidden, embedding, row)).sum::<f64>();
+            for i in (0..hidden.len()).step_by(9) {
+                close(f64::from(dhidden[i]), slope(&hidden, i, |h| sum(h, &embedding)), 1e-3);
+            }
+            for i in (0..embedding.len()).step_by(11) {
+                close(f64::from(dembedding[i]), slope(&embedding, i, |e| sum(&hidden, e)), 1e-3);
             }
         }
     }

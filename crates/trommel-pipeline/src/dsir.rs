@@ -1,6 +1,6 @@
-//! DSIR: windows selected by importance resampling on hashed n-grams, the peer of our cluster weights. [DS]
+//! DSIR: windows selected by importance resampling on hashed n-grams, the peer of our cluster weights. \[DS\]
 //!
-//! [DS] is Xie, Santurkar, Ma, Liang, *Data Selection for Language Models via Importance Resampling* (arXiv 2302.03169); where
+//! \[DS\] is Xie, Santurkar, Ma, Liang, *Data Selection for Language Models via Importance Resampling* (arXiv 2302.03169); where
 //! it leaves something open we do as its authors' package `data-selection` 1.0.3 does, by default. A text's features are the
 //! counts of its words and pairs of words, hashed into 10,000 buckets. The corpus and each domain are bags of them; a window
 //! weighs as much as the domain's bag makes it likelier than the corpus's does. Windows are drawn without replacement, in

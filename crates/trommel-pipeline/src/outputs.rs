@@ -9,7 +9,7 @@
 //!                                           +-> tokenizer -----------------------------------^
 //! ```
 //!
-//! [`Dsir`] has the names of what only the method `dsir` makes.
+//! `Dsir` has the names of what only the method `dsir` makes.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -36,7 +36,7 @@ mod version {
     pub(super) const TOKENIZER: &str = "tokenizer 1";
     pub(super) const RESAMPLE: &str = "resample 1";
     pub(super) const SHARD: &str = "shard 1";
-    pub(super) const SHARD_BY_CLUSTER: &str = "shard by cluster 1";
+    pub(super) const SHARD_BY_CLUSTER: &str = "shard by cluster 2";
     pub(super) const DSIR: &str = "dsir 1";
 }
 

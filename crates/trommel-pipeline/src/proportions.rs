@@ -5,7 +5,7 @@
 //! [PE 2.4]: importance sampling with as many clusters as the level has. Bytes stand for tokens, since a training draws
 //! sequences of equal length and not windows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use arrow::array::AsArray;
@@ -21,7 +21,7 @@ use crate::engine::query_error;
 #[derive(Debug, Clone)]
 pub struct Proportions {
     levels: u32,
-    /// The nodes of each level, from 1, in the order of their first leaves.
+    /// The nodes of each level, from 1, in the order of their ids.
     nodes: Vec<Vec<u32>>,
     /// The node of each level that a leaf lies in.
     ancestors: BTreeMap<u32, Vec<u32>>,
@@ -63,7 +63,7 @@ impl Proportions {
         let parents: BTreeMap<u32, (u32, u32)> =
             tree.iter().map(|(_, id, p, level)| (*id, (*p as u32, *level as u32))).collect();
         let levels = parents.values().map(|(_, level)| *level).max().unwrap_or(1);
-        let mut nodes = vec![Vec::new(); levels as usize];
+        let mut nodes = vec![BTreeSet::new(); levels as usize];
         let mut ancestors = BTreeMap::new();
         for (&leaf, _) in parents.iter().filter(|(_, (_, level))| *level == levels) {
             let mut path = vec![leaf];
@@ -76,9 +76,7 @@ impl Proportions {
                 return Err(Error::internal(format!("leaf {leaf} of the cluster tree hangs at no level")));
             }
             for (known, node) in nodes.iter_mut().zip(&path) {
-                if known.last() != Some(node) {
-                    known.push(*node);
-                }
+                known.insert(*node);
             }
             ancestors.insert(leaf, path);
         }
@@ -90,6 +88,7 @@ impl Proportions {
         for (domain, id, w, _) in weights {
             weight.entry(domain).or_default().insert(id, w);
         }
+        let nodes = nodes.into_iter().map(|level| level.into_iter().collect()).collect();
         Ok(Proportions { levels, nodes, ancestors, bins: by_domain, weights: weight })
     }
 
@@ -125,7 +124,7 @@ impl Proportions {
     /// The place of a leaf's node among those of a level.
     pub fn node_of(&self, leaf: u32, level: u32) -> Result<usize> {
         let node = self.ancestors.get(&leaf).and_then(|path| path.get(level as usize - 1));
-        let place = node.and_then(|node| self.level(level).ok()?.iter().position(|n| n == node));
+        let place = node.and_then(|node| self.level(level).ok()?.binary_search(node).ok());
         place.ok_or_else(|| Error::internal(format!("cluster {leaf} is no leaf of the tree")))
     }
 

@@ -78,7 +78,7 @@ impl Stage {
 }
 
 /// What one stage did.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct StageReport {
     /// The stage's name.
     pub stage: String,

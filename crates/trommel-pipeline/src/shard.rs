@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arrow::array::{AsArray, RecordBatch};
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef, UInt32Type};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use trommel_core::error::{Error, Result};
 use trommel_core::key::{checksum, checksum_file};
 use trommel_core::manifest::{Manifest, Shard};
@@ -22,6 +22,10 @@ use trommel_spec::plan::Plan;
 use crate::engine::{Engine, ParquetSink, Written, footer};
 use crate::outputs::Outputs;
 use crate::tokenizer::Encoder;
+use cluster_files::ClusterFiles;
+
+/// The files of shards by cluster.
+mod cluster_files;
 
 const TOKENS: &str = "trommel.tokens";
 const BYTES: &str = "trommel.bytes";
@@ -109,37 +113,22 @@ impl Sharding<'_> {
         // Files are written in the order of their names, so the last one's cluster is the only one that may be incomplete.
         let done = self.cluster_files(folder);
         let first = done.last().map_or(0, |(cluster, _)| *cluster);
-        let mut made: Vec<(u32, PathBuf)> = done.into_iter().filter(|(cluster, _)| *cluster < first).collect();
-
         let sql = include_str!("sql/shard_by_cluster.sql").replace("{first}", &first.to_string());
-        let schema = schema(encoder.tokens_type());
-        let mut open: Option<(u32, ParquetSink, Content)> = None;
+        let mut files = ClusterFiles {
+            folder,
+            suffix: &suffix(self.outputs),
+            schema: schema(encoder.tokens_type()),
+            shard_tokens: self.plan.spec.shard.shard_tokens.0,
+            progress: self.engine.progress.as_ref(),
+            made: done.into_iter().filter(|(cluster, _)| *cluster < first).collect(),
+            slices: None,
+            open: None,
+            cluster: first,
+        };
         for batch in self.engine.stream(self.engine.query(&session, &sql)?)? {
-            let batch = batch?;
-            for rows in runs_of_clusters(&batch)? {
-                let (cluster, batch) = (rows.0, batch.slice(rows.1.start, rows.1.len()));
-                let full = |content: &Content| content.tokens >= self.plan.spec.shard.shard_tokens.0;
-                if let Some((at, sink, content)) = open.take_if(|(at, _, content)| *at != cluster || full(content)) {
-                    made.push((at, finish(sink, &content)?));
-                }
-                if open.is_none() {
-                    let number = made.iter().filter(|(at, _)| *at == cluster).count();
-                    let path = folder.join(format!("{cluster:08}-{number:05}{}", suffix(self.outputs)));
-                    let content = Content { rows: 0, tokens: 0, bytes: 0 };
-                    open = Some((cluster, ParquetSink::create(&path, &schema)?, content));
-                }
-                let Some((_, sink, content)) = &mut open else { continue };
-                let added = count(&batch)?;
-                content.rows += added.rows;
-                content.tokens += added.tokens;
-                content.bytes += added.bytes;
-                sink.write(&batch)?;
-                self.engine.progress.advance(added.tokens);
-            }
+            files.write(&batch?)?;
         }
-        if let Some((at, sink, content)) = open {
-            made.push((at, finish(sink, &content)?));
-        }
+        let made = files.finish()?;
         let mut manifest = empty_manifest(CORPUS, &encoder);
         for (number, (cluster, path)) in made.iter().enumerate() {
             let content = read_content(path)?;
@@ -242,19 +231,6 @@ fn finish(mut sink: ParquetSink, content: &Content) -> Result<PathBuf> {
     sink.note(BYTES, &content.bytes.to_string());
     sink.finish()?;
     Ok(path)
-}
-
-/// The rows of each cluster in a batch that is sorted by cluster.
-fn runs_of_clusters(batch: &RecordBatch) -> Result<Vec<(u32, std::ops::Range<usize>)>> {
-    let clusters = batch.column_by_name("cluster_id").and_then(|c| c.as_primitive_opt::<UInt32Type>());
-    let clusters = clusters.ok_or_else(|| Error::internal("a shard lacks its clusters"))?.values();
-    let mut from = 0;
-    let run = |rows: &[u32]| {
-        let range = from..from + rows.len();
-        from = range.end;
-        (rows[0], range)
-    };
-    Ok(clusters.chunk_by(|a, b| a == b).map(run).collect())
 }
 
 /// What a batch of windows holds.

@@ -208,16 +208,16 @@ pub struct Train {
     pub tokens: Count,
     /// What to compare. Default: `slm`, `slm-is` and `slm-nopt`.
     #[serde(default = "default_methods")]
-    #[schemars(length(min = 1))]
+    #[schemars(length(min = 1), extend("uniqueItems" = true))]
     pub methods: Vec<Method>,
     /// Models of a method that differ in their seed only, which counts from the run's `seed`; such as `{slm: 3}`. Default 1 each.
     #[serde(default)]
     pub seeds: BTreeMap<Method, u32>,
     /// Levels of the cluster tree whose clusters `slm-is` draws by, a model for each; 1 is below the root. Needs
     /// `shard.by: cluster`. Default: the leaves.
-    #[schemars(length(min = 1))]
+    #[schemars(length(min = 1), extend("uniqueItems" = true))]
     pub levels: Option<Vec<u32>>,
-    /// What `slm-pn` and `slm-mix` are made of.
+    /// What `slm-pn`, `lora-mix` and `slm-mix` are made of.
     #[serde(default)]
     pub experts: Experts,
     /// The preset of `llm`.
@@ -230,19 +230,20 @@ pub struct Train {
     pub precision: Precision,
 }
 
-/// What a projected network and a mixture of models are made of: an expert for each cluster of a level. [PE 2.5]
+/// What a projected network, a model with adapters and a mixture of models are made of: an expert for each cluster of a level.
+/// [PE 2.5]
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Experts {
     /// Levels of the cluster tree, a model of each method for each. Default: the leaves.
-    #[schemars(length(min = 1))]
+    #[schemars(length(min = 1), extend("uniqueItems" = true))]
     pub levels: Option<Vec<u32>>,
     /// MLPs that the basis of a network holds in each layer (`h`; at least 1). Default: one more than experts.
     #[schemars(range(min = 1))]
     pub capacity: Option<u32>,
     /// How a network becomes one small model for a domain. Default: `top-cluster`, the paper's.
     #[serde(default = "default_choices")]
-    #[schemars(length(min = 1))]
+    #[schemars(length(min = 1), extend("uniqueItems" = true))]
     pub choices: Vec<Choice>,
 }
 
@@ -291,6 +292,13 @@ pub enum Method {
     TrunkDecay,
     /// A larger model on the unweighted corpus; `train.llm` names it.
     Llm,
+    /// The model of `slm`, fine-tuned on the domain and on the next-word distributions of the fine-tuned `llm`. Needs both.
+    SlmD,
+    /// The model of `slm` or `llm`, fine-tuned through low-rank adapters; `finetune.lora` says of which.
+    Lora,
+    /// A model with low-rank adapters for each cluster, as many numbers as a projected network of as many experts has. Needs
+    /// `shard.by: cluster`.
+    LoraMix,
     /// The corpus's windows that DSIR selects for the domain, by importance resampling on hashed n-grams (arXiv 2302.03169).
     Dsir,
 }
@@ -306,13 +314,16 @@ impl Method {
             Method::SlmMix => "slm-mix",
             Method::TrunkDecay => "trunk-decay",
             Method::Llm => "llm",
+            Method::SlmD => "slm-d",
+            Method::Lora => "lora",
+            Method::LoraMix => "lora-mix",
             Method::Dsir => "dsir",
         }
     }
 
     /// Whether it draws clusters from shards that were written by cluster.
     pub fn needs_clusters(self) -> bool {
-        matches!(self, Method::SlmPn | Method::SlmMix | Method::TrunkDecay)
+        matches!(self, Method::SlmPn | Method::SlmMix | Method::LoraMix | Method::TrunkDecay)
     }
 }
 
@@ -344,6 +355,112 @@ pub enum Precision {
 pub struct Finetune {
     /// At most this many tokens; stops early when the held-out loss no longer falls.
     pub tokens: Count,
+    /// How `slm-d` learns from its teacher.
+    #[serde(default)]
+    pub distill: Distill,
+    /// The adapters of `lora`.
+    #[serde(default)]
+    pub lora: Lora,
+}
+
+/// Low-rank adapters, trained in place of the model and merged into it at the end: `W + alpha / rank * B A`. (arXiv 2106.09685)
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Lora {
+    /// Rows of `A` and columns of `B` (1 up to the width of the model). Default 8.
+    #[serde(default = "lora_rank")]
+    #[schemars(range(min = 1))]
+    pub rank: u32,
+    /// What `B A` is multiplied by, times the rank (above 0). Default: twice the rank.
+    pub alpha: Option<f64>,
+    /// The matrices of each block that have one, by their names in `transformers`. Default: all of them.
+    #[schemars(length(min = 1), extend("uniqueItems" = true))]
+    pub targets: Option<Vec<LoraTarget>>,
+    /// The pretrained models that are adapted. Default: `slm`.
+    #[serde(default = "lora_of")]
+    #[schemars(length(min = 1), extend("uniqueItems" = true))]
+    pub of: Vec<LoraBase>,
+}
+
+/// A matrix of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LoraTarget {
+    /// Queries.
+    QProj,
+    /// Keys.
+    KProj,
+    /// Values.
+    VProj,
+    /// The output of attention.
+    OProj,
+    /// The gate of the MLP; not in `slm-126m`, which has none.
+    GateProj,
+    /// The input of the MLP.
+    UpProj,
+    /// The output of the MLP.
+    DownProj,
+}
+
+impl LoraTarget {
+    /// The name in `transformers`.
+    pub fn name(self) -> &'static str {
+        match self {
+            LoraTarget::QProj => "q_proj",
+            LoraTarget::KProj => "k_proj",
+            LoraTarget::VProj => "v_proj",
+            LoraTarget::OProj => "o_proj",
+            LoraTarget::GateProj => "gate_proj",
+            LoraTarget::UpProj => "up_proj",
+            LoraTarget::DownProj => "down_proj",
+        }
+    }
+}
+
+/// A pretrained model that adapters are trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum LoraBase {
+    /// The model of `slm`.
+    Slm,
+    /// The model of `llm`.
+    Llm,
+}
+
+impl LoraBase {
+    /// The method that pretrains it.
+    pub fn method(self) -> Method {
+        match self {
+            LoraBase::Slm => Method::Slm,
+            LoraBase::Llm => Method::Llm,
+        }
+    }
+}
+
+impl Default for Lora {
+    fn default() -> Self {
+        Lora { rank: lora_rank(), alpha: None, targets: None, of: lora_of() }
+    }
+}
+
+/// How a student learns from a teacher's next-word distributions beside the documents. [PE 3]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Distill {
+    /// The share of the loss against the teacher's distributions (0 to 1). Default 0.5.
+    #[serde(default = "distill_weight")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub weight: f64,
+    /// What logits are divided by before distributions are compared (0.1 to 100). Default 1.
+    #[serde(default = "distill_temperature")]
+    #[schemars(range(min = 0.1, max = 100.0))]
+    pub temperature: f64,
+}
+
+impl Default for Distill {
+    fn default() -> Self {
+        Distill { weight: distill_weight(), temperature: distill_temperature() }
+    }
 }
 
 fn text_column() -> String {
@@ -363,6 +480,18 @@ fn shard_tokens() -> Count {
 }
 fn context() -> u32 {
     1024
+}
+fn lora_rank() -> u32 {
+    8
+}
+fn lora_of() -> Vec<LoraBase> {
+    vec![LoraBase::Slm]
+}
+fn distill_weight() -> f64 {
+    0.5
+}
+fn distill_temperature() -> f64 {
+    1.0
 }
 fn default_choices() -> Vec<Choice> {
     vec![Choice::TopCluster]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use trommel_core::error::Error;
 use trommel_core::schema::CORPUS;
 
-use crate::pipeline::{Method, Pipeline, ShardBy, Train};
+use crate::pipeline::{Choice, Method, Pipeline, ShardBy, Train};
 use crate::validate;
 use crate::yaml::Document;
 
@@ -195,6 +195,40 @@ fn training_contradictions(spec: &Pipeline, train: &Train, require: &mut impl Fn
         let hint = "such as `llm: slm-9m`";
         require(llm, &format!("/train/methods/{index}"), "`llm` needs `train.llm`, a larger preset".into(), hint);
     }
+    if let Some(index) = train.methods.iter().position(|m| *m == Method::SlmD) {
+        let both = train.methods.contains(&Method::Slm) && train.methods.contains(&Method::Llm);
+        let message = "`slm-d` is `slm` taught by `llm`, and not both are among the methods".into();
+        require(both, &format!("/train/methods/{index}"), message, "add them to `train.methods`");
+        require(spec.finetune.is_some(), "/train/methods", "`slm-d` needs fine-tuning".into(), "add `finetune`");
+        let enough = train.seeds(Method::SlmD) <= train.seeds(Method::Slm);
+        let hint = "raise the seeds of `slm`";
+        require(enough, "/train/seeds/slm-d", "`slm-d` has more seeds than `slm`, from which it starts".into(), hint);
+    }
+    if let Some(index) = train.methods.iter().position(|m| *m == Method::Lora) {
+        require(spec.finetune.is_some(), "/train/methods", "`lora` needs fine-tuning".into(), "add `finetune`");
+        for base in spec.finetune.iter().flat_map(|f| &f.lora.of).map(|base| base.method()) {
+            let message = format!("`lora` adapts the model of `{0}`, and `{0}` is not among the methods", base.name());
+            let listed = train.methods.contains(&base);
+            require(
+                listed,
+                &format!("/train/methods/{index}"),
+                message,
+                "add it to `train.methods`, or set `finetune.lora.of`",
+            );
+            let enough = train.seeds(Method::Lora) <= train.seeds(base);
+            let message = format!("`lora` has more seeds than `{}`, from which it starts", base.name());
+            require(enough, "/train/seeds/lora", message, "raise the seeds of that");
+        }
+    }
+    for (method, &seeds) in &train.seeds {
+        let pointer = format!("/train/seeds/{}", method.name());
+        let message = format!("`{}` is not among `train.methods`", method.name());
+        require(train.methods.contains(method), &pointer, message, "add it there, or leave its seeds out");
+        require(seeds > 0, &pointer, "a method needs one seed at least".into(), "such as 3");
+    }
+    let tried = spec.finetune.is_some() || !train.experts.choices.contains(&Choice::BestTuned);
+    let hint = "add `finetune`, or choose by `lowest-loss`";
+    require(tried, "/train/experts/choices", "`best-tuned` needs fine-tuning".into(), hint);
     let depth = spec.cluster.levels().len() as u32;
     let levels = [("/train/levels", &train.levels), ("/train/experts/levels", &train.experts.levels)];
     for (pointer, levels) in levels {
@@ -308,6 +342,13 @@ mod tests {
         ));
         assert_eq!(found.len(), 5, "{found:#?}");
         assert!(found[4].starts_with("p.yaml:5:17: `cluster.k` and `cluster.levels` exclude each other"), "{found:#?}");
+    }
+
+    #[test]
+    fn a_list_names_nothing_twice() {
+        let train = "train: {model: slm-1m, tokens: 1M, methods: [slm, slm], experts: {choices: [mixture, mixture]}}";
+        let found = check(&format!("{HEAD}domains: {{law: {{train: src/*.rs}}}}\nresample: {{tokens: 1M}}\n{train}\n"));
+        assert!(found.len() == 2 && found.iter().all(|m| m.starts_with("p.yaml:5:") && m.contains("unique")), "{found:#?}");
     }
 
     #[test]

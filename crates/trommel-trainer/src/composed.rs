@@ -75,3 +75,9 @@ pub(crate) fn losses(logits: &Tensor, targets: &Tensor, counted: &Tensor) -> Res
     let at_target = log_softmax(&logits.to_dtype(DType::F32)?)?.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?;
     at_target.neg()?.mul(counted)
 }
+
+/// The cross-entropy of the softmax of `logits` from that of the `taught` logits, each (rows, vocab); (rows).
+pub(crate) fn cross_entropy(taught: &Tensor, logits: &Tensor) -> Result<Tensor> {
+    let shares = log_softmax(&taught.to_dtype(DType::F32)?)?.exp()?;
+    shares.mul(&log_softmax(&logits.to_dtype(DType::F32)?)?)?.sum(D::Minus1)?.neg()
+}

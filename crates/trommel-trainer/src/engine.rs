@@ -3,9 +3,11 @@
 use candle_core::Device;
 use trommel_core::error::{Error, Result};
 use trommel_kernels::adamw::{self, Factors};
+use trommel_kernels::cross_entropy;
 use trommel_kernels::panels::Precision;
 
 use crate::batch::Batch;
+use crate::lora::{self, Adapted};
 use crate::model::Config;
 use crate::native::Native;
 use crate::parameters::Layout;
@@ -15,6 +17,19 @@ use crate::tape::Tape;
 
 /// Activations that one micro-batch may hold, in bytes.
 const ACTIVATION_BYTES: usize = 512 << 20;
+
+/// A model that another one learns from; see [`Engine::learn_from`].
+#[derive(Debug, Clone)]
+pub struct Teacher {
+    /// Its shape: a plain model.
+    pub config: Config,
+    /// Its flat parameters.
+    pub parameters: Vec<f32>,
+    /// The share of the loss against its distributions (0 to 1).
+    pub weight: f64,
+    /// What logits are divided by before both models' distributions are compared (above 0).
+    pub temperature: f64,
+}
 
 /// A model with its gradient and the moments of `AdamW`.
 #[derive(Debug)]
@@ -28,12 +43,14 @@ pub struct Engine {
 enum Place {
     Host(Box<Host>),
     Projected(Box<Projected>),
+    Adapted(Box<Adapted>),
     Device(Box<Tape>),
 }
 
 #[derive(Debug)]
 struct Host {
     native: Native,
+    teacher: Option<(Native, Teacher)>,
     parameters: Vec<f32>,
     // The following are as long as `parameters`, or empty until they are needed.
     gradient: Vec<f32>,
@@ -56,10 +73,13 @@ impl Engine {
             Place::Device(Box::new(Tape::new(config, &parameters, device, precision).map_err(internal)?))
         } else if let Some(tensors) = Tensors::of(config) {
             Place::Projected(Box::new(Projected::new(config, tensors, parameters, precision)))
+        } else if let Some(tensors) = lora::Tensors::of(config) {
+            Place::Adapted(Box::new(Adapted::new(config, tensors, parameters, precision)))
         } else {
             let empty = Vec::new;
             let native = Native::new(config, precision);
-            let host = Host { native, parameters, gradient: empty(), first_moment: empty(), second_moment: empty() };
+            let teacher = None;
+            let host = Host { native, teacher, parameters, gradient: empty(), first_moment: empty(), second_moment: empty() };
             Place::Host(Box::new(host))
         };
         Ok(Engine { config: config.clone(), layout, place })
@@ -90,8 +110,25 @@ impl Engine {
         match &mut self.place {
             Place::Host(_) => {}
             Place::Projected(projected) => projected.select(i),
+            Place::Adapted(adapted) => adapted.select(i),
             Place::Device(tape) => tape.select_expert(i),
         }
+    }
+
+    /// Lets the gradient, and the losses that come with it, be those against the targets mixed with those against a teacher's
+    /// next-word distributions; see [`trommel_kernels::cross_entropy::Teacher`]. [`Engine::losses`] stay those of the targets.
+    pub fn learn_from(&mut self, teacher: Teacher, precision: Precision) -> Result<()> {
+        teacher.config.check_plain()?;
+        if teacher.config.vocab != self.config.vocab {
+            let message = format!("the teacher has {} tokens, and the model {}", teacher.config.vocab, self.config.vocab);
+            return Err(Error::config(message).hint("train both on shards of the same tokenizer"));
+        }
+        match &mut self.place {
+            Place::Projected(_) | Place::Adapted(_) => return Err(Error::internal("a network of experts has no teacher")),
+            Place::Host(host) => host.teacher = Some((Native::new(&teacher.config, precision), teacher)),
+            Place::Device(tape) => tape.learn_from(&teacher, precision).map_err(internal)?,
+        }
+        Ok(())
     }
 
     /// The negative log-likelihood in nats of each target of `batch`, (sequences, time); zero where there is none.
@@ -99,6 +136,10 @@ impl Engine {
         match &mut self.place {
             Place::Projected(projected) => {
                 let (native, model) = projected.native();
+                Ok(native.losses(model, batch).to_vec())
+            }
+            Place::Adapted(adapted) => {
+                let (native, model) = adapted.native();
                 Ok(native.losses(model, batch).to_vec())
             }
             Place::Host(host) => Ok(host.native.losses(&host.parameters, batch).to_vec()),
@@ -113,6 +154,10 @@ impl Engine {
                 let (native, model) = projected.native();
                 Ok(native.logits(model, batch))
             }
+            Place::Adapted(adapted) => {
+                let (native, model) = adapted.native();
+                Ok(native.logits(model, batch))
+            }
             Place::Host(host) => Ok(host.native.logits(&host.parameters, batch)),
             Place::Device(tape) => tape.logits(batch).map_err(internal),
         }
@@ -122,9 +167,17 @@ impl Engine {
     pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64> {
         match &mut self.place {
             Place::Projected(projected) => Ok(projected.accumulate(batch, scale).iter().map(|loss| f64::from(*loss)).sum()),
+            Place::Adapted(adapted) => Ok(adapted.accumulate(batch, scale).iter().map(|loss| f64::from(*loss)).sum()),
             Place::Host(host) => {
                 host.gradient.resize(host.parameters.len(), 0.0);
-                let losses = host.native.losses_and_gradient(&host.parameters, batch, scale, &mut host.gradient);
+                let teacher = host.teacher.as_mut().map(|(native, teacher)| cross_entropy::Teacher {
+                    hidden: native.hidden(&teacher.parameters, batch),
+                    embedding: &teacher.parameters[..teacher.config.vocab * teacher.config.width],
+                    width: teacher.config.width,
+                    weight: teacher.weight as f32,
+                    temperature: teacher.temperature as f32,
+                });
+                let losses = host.native.losses_and_gradient(&host.parameters, batch, teacher, scale, &mut host.gradient);
                 Ok(losses.iter().map(|loss| f64::from(*loss)).sum())
             }
             Place::Device(tape) => {
@@ -138,6 +191,7 @@ impl Engine {
     pub fn gradient_norm(&mut self) -> Result<f64> {
         match &mut self.place {
             Place::Projected(projected) => Ok(projected.gradient_norm()),
+            Place::Adapted(adapted) => Ok(adapted.gradient_norm()),
             Place::Host(host) => Ok(adamw::norm(&host.gradient)),
             Place::Device(tape) => tape.gradient_norm().map_err(internal),
         }
@@ -147,6 +201,7 @@ impl Engine {
     pub fn gradient(&mut self) -> Result<Vec<f32>> {
         match &mut self.place {
             Place::Projected(projected) => Ok(projected.gradient()),
+            Place::Adapted(adapted) => Ok(adapted.gradient()),
             Place::Host(host) => Ok(host.gradient.clone()),
             Place::Device(tape) => tape.gradient().map_err(internal),
         }
@@ -168,6 +223,7 @@ impl Engine {
         };
         match &mut self.place {
             Place::Projected(projected) => projected.step(factors),
+            Place::Adapted(adapted) => adapted.step(factors),
             Place::Host(host) => {
                 let len = host.parameters.len();
                 host.first_moment.resize(len, 0.0);
@@ -196,6 +252,7 @@ impl Engine {
     pub fn parameters(&self) -> Result<Vec<f32>> {
         match &self.place {
             Place::Projected(projected) => Ok(projected.parameters.clone()),
+            Place::Adapted(adapted) => Ok(adapted.parameters.clone()),
             Place::Host(host) => Ok(host.parameters.clone()),
             Place::Device(tape) => tape.parameters().map_err(internal),
         }
@@ -209,7 +266,8 @@ impl Engine {
             moment
         };
         match &self.place {
-            Place::Projected(projected) => Ok([&projected.moments[0], &projected.moments[1]].map(whole)),
+            Place::Projected(projected) => Ok(projected.moments.each_ref().map(whole)),
+            Place::Adapted(adapted) => Ok(adapted.moments.each_ref().map(whole)),
             Place::Host(host) => Ok([&host.first_moment, &host.second_moment].map(whole)),
             Place::Device(tape) => tape.moments().map_err(internal),
         }
@@ -221,6 +279,10 @@ impl Engine {
         match &mut self.place {
             Place::Projected(projected) => {
                 projected.moments = [m, v];
+                Ok(())
+            }
+            Place::Adapted(adapted) => {
+                adapted.moments = [m, v];
                 Ok(())
             }
             Place::Host(host) => {

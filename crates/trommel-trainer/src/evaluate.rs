@@ -73,7 +73,7 @@ pub fn expert_losses(
     interrupt: &Interrupt,
 ) -> Result<Vec<f64>> {
     let Opened { mut engine, tokens, end_of_text } = open(checkpoint, documents, context, device)?;
-    let experts = engine.config().projection.map_or(1, |p| p.experts);
+    let experts = engine.config().experts();
     let loss = |expert: usize| {
         engine.select_expert(expert);
         scores(&mut engine, &tokens, end_of_text, context, &Silent, interrupt).map(|scores| mean_nll(&scores))

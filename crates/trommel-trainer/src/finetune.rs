@@ -1,6 +1,6 @@
 //! Fine-tuning on the documents of a domain, stopped early by held-out loss; and training on them from scratch.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::Device;
@@ -12,15 +12,16 @@ use trommel_core::progress::{Interrupt, Progress, Silent};
 use crate::batch::{Dealer, Dealt};
 use crate::checkpoint::{self, Model, Unfinished};
 use crate::documents::{Documents, Position, read_tokenizer, tokenize};
-use crate::engine::Engine;
+use crate::engine::{Engine, Teacher};
 use crate::evaluate::{mean_nll, scores};
 use crate::log::{Entry, Log};
-use crate::model::Config;
+use crate::model::{Adapters, Config};
 use crate::parameters::Layout;
+use crate::projected::project;
 use crate::recipe::Recipe;
 
 /// Raised when the same plan would train to other weights, so that old checkpoints are not continued.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Evaluations over the whole budget.
 const EVALUATIONS: u64 = 20;
 /// Evaluations without a better one after which training stops. Three quarters of all: a model that was pretrained on text
@@ -62,8 +63,23 @@ pub struct FinetunePlan {
     pub seed: u64,
     /// Evaluations without a better one after which training stops; usually [`PATIENCE`].
     pub patience: u64,
+    /// A model whose next-word distributions are learnt beside the documents.
+    pub teacher: Option<TeacherPlan>,
+    /// Low-rank adapters to train in place of the model, and to merge into it at the end.
+    pub adapters: Option<Adapters>,
     /// Folder that gets `checkpoint/`, with the best weights, and `log.jsonl`.
     pub out: PathBuf,
+}
+
+/// Whom to learn from, and how much.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TeacherPlan {
+    /// A checkpoint of the same tokenizer: a larger model that was fine-tuned on the same documents, as a rule.
+    pub checkpoint: PathBuf,
+    /// The share of the loss against its distributions (0 to 1).
+    pub weight: f64,
+    /// What logits are divided by before both models' distributions are compared (above 0).
+    pub temperature: f64,
 }
 
 /// What a fine-tuning run did.
@@ -117,10 +133,12 @@ pub fn finetune(
     progress: &dyn Progress,
     interrupt: &Interrupt,
 ) -> Result<FinetuneReport> {
-    let start = plan.read_start()?;
+    let start = plan.adapted(plan.read_start()?)?;
     let config = start.config.clone();
     let tokenizer = read_tokenizer(&plan.tokenizer)?;
-    let fingerprint = plan.fingerprint(&start)?;
+    let teacher = plan.teacher.as_ref().map(|teacher| teacher.read(&plan.tokenizer)).transpose()?;
+    let config_of_teacher = teacher.as_ref().map(|teacher| teacher.config.clone());
+    let fingerprint = plan.fingerprint(&start, teacher.as_ref())?;
     let folder = plan.out.join(checkpoint::FOLDER);
     let (train, validation) = (tokenize(&tokenizer, &plan.train)?, tokenize(&tokenizer, &plan.validation)?);
     plan.check(&config, &train, &validation)?;
@@ -130,6 +148,7 @@ pub fn finetune(
     let sequences = plan.recipe.sequences(plan.context);
     let tokens_per_step = (sequences * plan.context) as u64;
     let evaluate_every = steps.div_ceil(EVALUATIONS);
+    let report = |state: &State, cached| plan.report(&config, config_of_teacher.as_ref(), state, cached);
     let evaluate = |engine: &mut Engine| {
         scores(engine, &validation, start.end_of_text, plan.context, &Silent, interrupt).map(|scores| mean_nll(&scores))
     };
@@ -137,7 +156,7 @@ pub fn finetune(
     // Start, or continue.
     let (mut state, mut engine, mut best) = match checkpoint::read_state::<State>(&folder)? {
         Some(state) if state.fingerprint != fingerprint => return Err(checkpoint::of_another_plan(&folder)),
-        Some(state) if state.finished => return Ok(plan.report(&config, &state, true)),
+        Some(state) if state.finished => return Ok(report(&state, true)),
         Some(state) => {
             let mut engine = Engine::new(&config, checkpoint::read_model(&folder)?.parameters, device, plan.recipe.precision)?;
             let unfinished = checkpoint::read_unfinished(&folder, &config)?;
@@ -164,12 +183,19 @@ pub fn finetune(
         }
     };
     let save = |engine: &Engine, best: &[f32], state: &State| {
-        let parameters = if state.finished { best.to_vec() } else { engine.parameters()? };
-        let model = Model { config: config.clone(), end_of_text: start.end_of_text, parameters };
+        let (config, parameters) = match (state.finished, &plan.adapters) {
+            (false, _) => (config.clone(), engine.parameters()?),
+            (true, None) => (config.clone(), best.to_vec()),
+            (true, Some(_)) => (config.plain(), project(&config, best, &[1.0])?),
+        };
+        let model = Model { config, end_of_text: start.end_of_text, parameters };
         let unfinished = |moments| Unfinished { moments, best: Some(best.to_vec()) };
         let unfinished = (!state.finished).then(|| engine.moments().map(unfinished)).transpose()?;
         checkpoint::save(&folder, &model, &plan.tokenizer, unfinished.as_ref(), state)
     };
+    if let Some(teacher) = teacher {
+        engine.learn_from(teacher, plan.recipe.precision)?;
+    }
     let mut log = Log::open(&plan.out, state.step)?;
     let micro_batch = engine.micro_batch(plan.context);
     progress.begin("finetune", Some(steps * tokens_per_step), "tokens");
@@ -235,7 +261,7 @@ pub fn finetune(
         }
     }
     progress.end();
-    Ok(plan.report(&config, &state, false))
+    Ok(report(&state, false))
 }
 
 impl FinetunePlan {
@@ -262,6 +288,19 @@ impl FinetunePlan {
         }
     }
 
+    /// The start with its adapters, if there are any, which change nothing yet.
+    fn adapted(&self, start: Model) -> Result<Model> {
+        let Some(adapters) = &self.adapters else { return Ok(start) };
+        if self.teacher.is_some() {
+            return Err(Error::config("adapters are not trained with a teacher").hint("leave out one of them"));
+        }
+        let config = Config { adapters: Some(adapters.clone()), ..start.config };
+        config.check()?;
+        let mut parameters = Layout::new(&config).initial(self.seed);
+        parameters[..start.parameters.len()].copy_from_slice(&start.parameters);
+        Ok(Model { config, parameters, ..start })
+    }
+
     fn check(&self, config: &Config, train: &[Vec<u32>], validation: &[Vec<u32>]) -> Result<()> {
         if self.context == 0 || self.context > config.context {
             let (context, most) = (self.context, config.context);
@@ -282,18 +321,19 @@ impl FinetunePlan {
     }
 
     /// A name of everything that the trained weights depend on.
-    fn fingerprint(&self, start: &Model) -> Result<String> {
-        let bytes: Vec<u8> = start.parameters.iter().flat_map(|p| p.to_le_bytes()).collect();
-        let weights = Key::of_bytes(&bytes).to_string();
+    fn fingerprint(&self, start: &Model, teacher: Option<&Teacher>) -> Result<String> {
+        let weights = key_of(&start.parameters);
+        let teacher = teacher.map(|t| (&t.config, key_of(&t.parameters), t.weight, t.temperature));
         let documents = Key::of(self.train.iter().chain([&String::new()]).chain(&self.validation)).to_string();
         let tokenizer = trommel_core::key::checksum_file(&self.tokenizer)?;
         let settings = (self.context, self.tokens, &self.recipe, self.seed, self.patience);
-        let parts = (VERSION, &start.config, start.end_of_text, weights, documents, tokenizer, settings);
+        let parts = (VERSION, &start.config, start.end_of_text, weights, documents, tokenizer, settings, teacher);
         let text = serde_json::to_string(&parts).map_err(|e| Error::internal("a plan cannot be written as JSON").source(e))?;
         Ok(Key::of([text]).to_string())
     }
 
-    fn report(&self, config: &Config, state: &State, cached: bool) -> FinetuneReport {
+    fn report(&self, config: &Config, teacher: Option<&Config>, state: &State, cached: bool) -> FinetuneReport {
+        let of_teacher = teacher.map_or(0.0, |teacher| teacher.forward_flops_per_token(self.context));
         let tokens = state.step * (self.recipe.sequences(self.context) * self.context) as u64;
         FinetuneReport {
             checkpoint: self.out.join(checkpoint::FOLDER),
@@ -304,8 +344,32 @@ impl FinetunePlan {
             tokens,
             epochs: state.position.start.epoch,
             seconds: state.seconds,
-            flops: config.training_flops_per_token(self.context) * tokens as f64,
+            flops: (config.training_flops_per_token(self.context) + of_teacher) * tokens as f64,
             cached,
         }
+    }
+}
+
+/// A name of some weights.
+fn key_of(parameters: &[f32]) -> String {
+    Key::of_bytes(&parameters.iter().flat_map(|p| p.to_le_bytes()).collect::<Vec<u8>>()).to_string()
+}
+
+impl TeacherPlan {
+    fn read(&self, tokenizer: &Path) -> Result<Teacher> {
+        let place = self.checkpoint.display();
+        if !(0.0..=1.0).contains(&self.weight) || !(self.temperature > 0.0 && self.temperature.is_finite()) {
+            let (weight, temperature) = (self.weight, self.temperature);
+            let message = format!("a teacher of weight {weight} and temperature {temperature}");
+            return Err(Error::config(message).hint("the weight is 0 to 1, and the temperature above 0"));
+        }
+        let model = checkpoint::read_model(&self.checkpoint)?;
+        model.config.check_plain().map_err(|e| e.file(place))?;
+        let theirs = checkpoint::tokenizer(&self.checkpoint);
+        if trommel_core::key::checksum_file(&theirs)? != trommel_core::key::checksum_file(tokenizer)? {
+            let hint = "train teacher and student on shards of one tokenizer";
+            return Err(Error::config("the teacher has another tokenizer").file(theirs.display()).hint(hint));
+        }
+        Ok(Teacher { config: model.config, parameters: model.parameters, weight: self.weight, temperature: self.temperature })
     }
 }

@@ -32,6 +32,8 @@ mod gguf_tokenizer;
 mod llama_config;
 /// One line per training step.
 pub mod log;
+/// Low-rank adapters.
+mod lora;
 /// The shape of the model, its presets, and what it costs.
 pub mod model;
 /// The model on the CPU, by hand.

@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use trommel_core::error::{Error, Result};
 
-use crate::model::{Activation, Config, Projection};
+use crate::model::{Activation, Adapters, Config, Projection};
 
 /// The file's name in a model's folder.
 pub(crate) const FILE: &str = "config.json";
@@ -59,6 +59,9 @@ struct Written {
     /// Of a projected network.
     #[serde(skip_serializing_if = "Option::is_none")]
     projection: Option<Projection>,
+    /// Of a model with low-rank adapters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapters: Option<Adapters>,
 }
 
 #[derive(Debug, Serialize)]
@@ -70,7 +73,7 @@ struct Rotation {
 /// The file's content for a model of this shape, whose documents begin and end with the token `end_of_text`.
 pub(crate) fn write(config: &Config, end_of_text: u32) -> Result<Vec<u8>> {
     let [architecture, model_type, hidden_act] = architecture(config.activation);
-    let [architecture, model_type] = config.projection.map_or([architecture, model_type], |_| [PROJECTED; 2]);
+    let [architecture, model_type] = if config.check_plain().is_err() { [PROJECTED; 2] } else { [architecture, model_type] };
     let written = Written {
         architectures: [architecture],
         model_type,
@@ -94,6 +97,7 @@ pub(crate) fn write(config: &Config, end_of_text: u32) -> Result<Vec<u8>> {
         torch_dtype: "float32",
         dtype: "float32",
         projection: config.projection,
+        adapters: config.adapters.clone(),
     };
     serde_json::to_vec_pretty(&written).map_err(|e| Error::internal("a configuration cannot be written as JSON").source(e))
 }
@@ -114,6 +118,7 @@ pub(crate) fn read(folder: &Path) -> Result<(Config, u32)> {
         rope_theta: rope_theta(&fields)?,
         norm_eps: fields.required("rms_norm_eps")?,
         projection: fields.get("projection")?,
+        adapters: fields.get("adapters")?,
     };
     config.check().map_err(|e| Error::data("the sizes do not fit together").source(e).file(fields.path.display()))?;
     fields.only("num_key_value_heads", heads, heads)?;

@@ -23,6 +23,8 @@ const TOKENS: &str = "tokens";
 /// Windows that are read at once; over all clusters, where shards are read by cluster.
 const ROWS: usize = 256;
 const ROWS_OF_CLUSTERS: usize = 4096;
+/// Clusters whose files stay open; with more of them, a file is opened again for each batch of rows.
+const OPEN_CLUSTERS: usize = 256;
 
 /// A place in the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +51,7 @@ pub struct Loader {
     reader: Option<Box<ParquetRecordBatchReader>>,
     rows: Vec<Vec<u32>>,
     rows_at_once: usize,
+    keep_open: bool,
     /// The row of the shard that `rows` begins with.
     first_row: u64,
     /// Whether a window was seen since the epoch began.
@@ -108,7 +111,7 @@ impl Loader {
                     .hint("run the pipeline's stage `shard` again"));
             }
         }
-        Ok(Self::over(folder, manifest, ROWS))
+        Ok(Self::over(folder, manifest, ROWS, true))
     }
 
     /// One reader for each cluster that `wanted` names, over the shards of a folder that was written by cluster. Windows that are
@@ -125,15 +128,16 @@ impl Loader {
                     .hint("write the shards with `shard: {by: cluster}`, on the corpus that the histogram was counted on"));
             }
             let tokens = shards.iter().map(|s| s.tokens).sum();
-            Ok(Self::over(folder, Manifest { shards, tokens, ..whole.clone() }, rows))
+            let keep_open = wanted.len() <= OPEN_CLUSTERS;
+            Ok(Self::over(folder, Manifest { shards, tokens, ..whole.clone() }, rows, keep_open))
         };
         wanted.iter().map(of).collect()
     }
 
-    fn over(folder: &Path, manifest: Manifest, rows_at_once: usize) -> Loader {
+    fn over(folder: &Path, manifest: Manifest, rows_at_once: usize, keep_open: bool) -> Loader {
         let position = Position { epoch: 0, shard: 0, row: 0, offset: 0, previous: manifest.end_of_text };
         let (folder, rows) = (folder.to_path_buf(), Vec::new());
-        Loader { folder, manifest, position, reader: None, rows, rows_at_once, first_row: 0, progressed: false }
+        Loader { folder, manifest, position, reader: None, rows, rows_at_once, keep_open, first_row: 0, progressed: false }
     }
 
     /// The folder.
@@ -227,7 +231,11 @@ impl Loader {
         if self.reader.is_none() {
             self.reader = Some(Box::new(open(&path, self.position.row, self.rows_at_once)?));
         }
-        let Some(batch) = self.reader.as_mut().and_then(Iterator::next) else { return Ok(Vec::new()) };
+        let batch = self.reader.as_mut().and_then(Iterator::next);
+        if !self.keep_open {
+            self.reader = None;
+        }
+        let Some(batch) = batch else { return Ok(Vec::new()) };
         let batch = batch.map_err(|e| damaged(e.into()))?;
         let windows = lists(batch.column(0)).ok_or_else(|| wrong_type(&path, batch.column(0).data_type()))?;
         for (i, window) in windows.iter().enumerate() {

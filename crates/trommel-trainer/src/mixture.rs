@@ -33,12 +33,13 @@ pub struct Share {
 pub struct Position {
     /// Sequences that were drawn.
     pub drawn: u64,
-    /// The place in each cluster with a share, in the order of the shares.
-    pub clusters: Vec<loader::Position>,
+    /// Each cluster with a share, and the place in it.
+    pub clusters: Vec<(u32, loader::Position)>,
 }
 
 /// The stream.
 pub struct Mixture {
+    ids: Vec<u32>,
     clusters: Vec<Loader>,
     experts: Vec<usize>,
     cumulated: Vec<f64>,
@@ -63,6 +64,7 @@ impl Mixture {
             sum
         });
         Ok(Mixture {
+            ids,
             clusters,
             cumulated: cumulated.collect(),
             experts: wanted.iter().map(|s| s.expert).collect(),
@@ -85,7 +87,7 @@ impl Mixture {
 
     /// The most passes over any cluster.
     pub fn epochs(position: &Position) -> u64 {
-        position.clusters.iter().map(|p| p.epoch).max().unwrap_or(0)
+        position.clusters.iter().map(|(_, p)| p.epoch).max().unwrap_or(0)
     }
 
     /// Sequence `n`'s cluster, by its place among those with a share.
@@ -115,15 +117,27 @@ impl Mixture {
 
     /// The place of the next sequence.
     pub fn position(&self) -> Position {
-        Position { drawn: self.drawn, clusters: self.clusters.iter().map(Source::position).collect() }
+        let places = self.clusters.iter().map(Source::position);
+        Position { drawn: self.drawn, clusters: self.ids.iter().copied().zip(places).collect() }
     }
 
     /// Goes to a place that [`Mixture::position`] returned.
-    pub fn seek(&mut self, position: Position) -> Result<()> {
-        if position.clusters.len() != self.clusters.len() {
+    pub fn seek(&mut self, position: &Position) -> Result<()> {
+        if !position.clusters.iter().map(|(id, _)| id).eq(&self.ids) {
             return Err(Error::data("the position belongs to another mixture"));
         }
         self.drawn = position.drawn;
-        self.clusters.iter_mut().zip(position.clusters).try_for_each(|(cluster, position)| cluster.seek(position))
+        self.follow(position)
+    }
+
+    /// Begins each cluster where another mixture of the same shards has stopped, so that text comes again only when all of its
+    /// cluster was read.
+    pub fn follow(&mut self, position: &Position) -> Result<()> {
+        for (id, place) in &position.clusters {
+            if let Some(at) = self.ids.iter().position(|own| own == id) {
+                self.clusters[at].seek(*place)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -52,6 +52,40 @@ pub struct Config {
     /// What makes it a projected network: many such models in one. `None` for a plain model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub projection: Option<Projection>,
+    /// Low-rank adapters beside some of its matrices. `None` for a plain model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapters: Option<Adapters>,
+}
+
+/// Low-rank adapters: `W + scale * B A` in place of a matrix `W`. [Hu et al., arXiv 2106.09685]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Adapters {
+    /// Experts, each with adapters of its own; 1 for fine-tuning.
+    pub experts: usize,
+    /// Rows of `A` and columns of `B`.
+    pub rank: usize,
+    /// `scale` is `alpha / rank`.
+    pub alpha: f64,
+    /// The matrices that have one, by their names in `transformers`, such as `q_proj`.
+    pub targets: Vec<String>,
+    /// Whether the model beside them stays as it begins.
+    pub frozen: bool,
+}
+
+impl Adapters {
+    /// Adapters of every MLP, one for each of `experts` experts, which train with the model that they share. The rank is
+    /// `width mlp / (width + mlp)`, so that they hold as many numbers as the MLPs of a [`Projection`] of as many experts.
+    pub fn of_experts(experts: usize, model: &Config) -> Self {
+        let rank = (model.width * model.mlp / (model.width + model.mlp)).max(1);
+        let mlp = ["gate_proj", "up_proj", "down_proj"].into_iter().skip(usize::from(model.activation == Activation::Gelu));
+        Adapters { experts, rank, alpha: rank as f64, targets: mlp.map(str::to_owned).collect(), frozen: false }
+    }
+
+    /// What `B A` is multiplied by.
+    pub fn scale(&self) -> f32 {
+        (self.alpha / self.rank as f64) as f32
+    }
 }
 
 /// How a projected network makes the MLP of an expert. [PE 2.5]
@@ -116,7 +150,19 @@ pub fn preset(name: &str, vocab: usize) -> Result<Config> {
             Error::config(format!("unknown model `{name}`; did you mean `{nearest}`?")).hint(format!("known models: {known}"))
         );
     };
-    Ok(Config { vocab, width, layers, heads, mlp, activation, context, rope_theta: 10_000.0, norm_eps: 1e-5, projection: None })
+    Ok(Config {
+        vocab,
+        width,
+        layers,
+        heads,
+        mlp,
+        activation,
+        context,
+        rope_theta: 10_000.0,
+        norm_eps: 1e-5,
+        projection: None,
+        adapters: None,
+    })
 }
 
 /// Characters to insert, delete or replace until two names are equal. [Levenshtein 1966]
@@ -155,29 +201,67 @@ impl Config {
                 return Err(Error::config(format!("a projected network of {n} {name}")).hint(format!("use 1 to {MIXED_MAX}")));
             }
         }
+        if let Some(adapters) = &self.adapters {
+            self.check_adapters(adapters)?;
+        }
         if u32::try_from(self.vocab).is_err() {
             return Err(Error::config(format!("a vocabulary of {} tokens exceeds 32 bits", self.vocab)));
         }
         let [vocab, width, layers, _, mlp, _] = sizes.map(|size| size as f64);
-        let parameters = vocab * width + layers * width * (4.0 * width + 3.0 * mlp);
+        let mlps = self.projection.map_or(1.0, |projection| projection.capacity as f64);
+        let parameters = vocab * width + layers * width * (4.0 * width + 3.0 * mlp * mlps);
         if parameters > MOST_PARAMETERS {
             return Err(Error::config(format!("a model of {parameters:.0e} parameters is too large")));
         }
         Ok(())
     }
 
-    /// A [`Error::config`] if this is a projected network, where one model is needed.
-    pub fn check_plain(&self) -> Result<()> {
+    fn check_adapters(&self, adapters: &Adapters) -> Result<()> {
+        let Adapters { experts, rank, alpha, targets, .. } = adapters;
         if self.projection.is_some() {
-            let error = Error::config("a projected network is many models, and one is needed");
+            return Err(Error::config("a projected network has no adapters"));
+        }
+        if *experts == 0 || *experts > MIXED_MAX || *rank == 0 || *rank > self.width || !(*alpha > 0.0 && alpha.is_finite()) {
+            let message = format!("adapters of {experts} experts, rank {rank} and alpha {alpha}");
+            let hint = format!("use a rank of 1 to {}, and an alpha above 0", self.width);
+            return Err(Error::config(message).hint(hint));
+        }
+        let known = self.matrices();
+        if targets.is_empty() {
+            return Err(Error::config("the adapters have no target").hint(format!("a block has {}", known.join(", "))));
+        }
+        match targets.iter().find(|target| !known.contains(&target.as_str())) {
+            Some(target) => {
+                let hint = format!("a block has {}", known.join(", "));
+                Err(Error::config(format!("the model has no matrix `{target}` to adapt")).hint(hint))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The matrices of a block, by their names in `transformers`.
+    pub fn matrices(&self) -> Vec<&'static str> {
+        let all = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+        all.into_iter().filter(|name| self.activation == Activation::SwiGlu || *name != "gate_proj").collect()
+    }
+
+    /// A [`Error::config`] if this is many models, where one is needed.
+    pub fn check_plain(&self) -> Result<()> {
+        if self.projection.is_some() || self.adapters.is_some() {
+            let error = Error::config("a network of several experts is many models, and one is needed");
             return Err(error.hint("`trommel project` makes one of it"));
         }
         Ok(())
     }
 
+    /// Models in this one: the experts of a projected network, or of adapters; 1 for a plain model.
+    pub fn experts(&self) -> usize {
+        self.projection.map(|p| p.experts).or(self.adapters.as_ref().map(|a| a.experts)).unwrap_or(1)
+    }
+
     /// The small model that one expert projects to; the model itself if it is plain.
     pub fn plain(&self) -> Config {
-        Config { projection: None, ..self.clone() }
+        Config { projection: None, adapters: None, ..self.clone() }
     }
 
     /// Numbers in the matrices of one block's MLP.
@@ -193,6 +277,13 @@ impl Config {
     /// All parameters; the embedding, which is also the output layer, counts once.
     pub fn parameters(&self) -> usize {
         let plain = self.vocab * self.width + self.layers * (self.block_weights() + 2 * self.width) + self.width;
+        if let Some(adapters) = &self.adapters {
+            let (width, mlp) = (self.width, self.mlp);
+            let sides = |name: &String| {
+                if ["gate_proj", "up_proj", "down_proj"].contains(&name.as_str()) { width + mlp } else { 2 * width }
+            };
+            return plain + self.layers * adapters.experts * adapters.rank * adapters.targets.iter().map(sides).sum::<usize>();
+        }
         let Some(Projection { experts, expert_size, capacity, .. }) = self.projection else { return plain };
         let basis = self.layers * (capacity * self.mlp_weights() + expert_size * capacity);
         plain - self.layers * self.mlp_weights() + basis + experts * expert_size

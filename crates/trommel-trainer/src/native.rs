@@ -16,7 +16,7 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 use trommel_kernels::attention::{self, Shape};
-use trommel_kernels::cross_entropy::{self, Output};
+use trommel_kernels::cross_entropy::{self, Output, Teacher};
 use trommel_kernels::matmul::{Matrix, MatrixMut, Target, multiply};
 use trommel_kernels::panels::{Panels, Precision};
 use trommel_kernels::rotary::{Table, Turn};
@@ -184,20 +184,35 @@ impl Native {
         logits
     }
 
-    /// [`Native::losses`], and adds the gradient of `scale * sum of losses` to `gradient`, which is as long as `parameters`.
+    /// The rows of the last layer, (sequences, time, width), normalised.
+    pub(crate) fn hidden(&mut self, parameters: &[f32], batch: &Batch) -> &[f32] {
+        rayon::scope(|_| self.forward(parameters, batch));
+        &self.hidden
+    }
+
+    /// [`Native::losses`], mixed with those against a `teacher`, and adds the gradient of `scale * sum of losses` to `gradient`,
+    /// which is as long as `parameters`.
     pub(crate) fn losses_and_gradient(
         &mut self,
         parameters: &[f32],
         batch: &Batch,
+        teacher: Option<Teacher<'_>>,
         scale: f32,
         gradient: &mut [f32],
     ) -> &[f32] {
         // One visit to the pool's threads, not one for each meeting of the tasks.
-        rayon::scope(|_| self.forward_and_backward(parameters, batch, scale, gradient));
+        rayon::scope(|_| self.forward_and_backward(parameters, batch, teacher, scale, gradient));
         &self.losses
     }
 
-    fn forward_and_backward(&mut self, parameters: &[f32], batch: &Batch, scale: f32, gradient: &mut [f32]) {
+    fn forward_and_backward(
+        &mut self,
+        parameters: &[f32],
+        batch: &Batch,
+        teacher: Option<Teacher<'_>>,
+        scale: f32,
+        gradient: &mut [f32],
+    ) {
         assert_eq!(parameters.len(), gradient.len());
         self.forward(parameters, batch);
         let config = &self.config;
@@ -207,7 +222,8 @@ impl Native {
         let (table, last_gain) = (&parameters[..config.vocab * width], &parameters[parameters.len() - width..]);
 
         let output = Output { hidden: &self.hidden, embedding: table, width, targets: &batch.targets };
-        output.losses_and_gradients(scale, &mut self.losses, &mut self.hidden_gradient, table_gradient, &mut self.scratch);
+        let (losses, hidden_gradient) = (&mut self.losses, &mut self.hidden_gradient);
+        output.losses_and_gradients(teacher, scale, losses, hidden_gradient, table_gradient, &mut self.scratch);
 
         let rows = self.hidden_gradient.par_chunks(batch.time * width);
         self.sequences

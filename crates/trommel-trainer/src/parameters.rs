@@ -13,13 +13,15 @@
 //! ```text
 //!   embedding | norm  query key value  output  norm  basis mixing | ... | norm | experts
 //! ```
+//!
+//! A model with low-rank adapters has them after its own tensors.
 
 use std::ops::Range;
 
 use rand::RngCore;
 use trommel_core::seed::{Stream, unit};
 
-use crate::model::{Activation, Config, Projection};
+use crate::model::{Activation, Adapters, Config, Projection};
 
 /// One named tensor within the flat buffer.
 #[derive(Debug, Clone)]
@@ -40,6 +42,8 @@ enum Start {
     One,
     /// From a normal distribution of this standard deviation.
     Normal(f64),
+    /// At zero: the `B` of an adapter, so that training starts at the model itself.
+    Zero,
     /// As a part of the start of a projected network; see [`Layout::initial`].
     Projection,
 }
@@ -49,14 +53,15 @@ impl Slot {
     pub fn decays(&self) -> bool {
         match self.start {
             Start::One => false,
-            Start::Normal(_) => true,
+            Start::Normal(_) | Start::Zero => true,
             Start::Projection => self.name.ends_with(BASIS),
         }
     }
 
     /// Whether training leaves it as it began.
     pub(crate) fn is_frozen(&self, config: &Config) -> bool {
-        config.projection.is_some_and(|p| p.frozen) && self.start == Start::Projection && !self.is_basis()
+        let mixes = config.projection.is_some_and(|p| p.frozen) && self.start == Start::Projection && !self.is_basis();
+        mixes || (config.adapters.as_ref().is_some_and(|a| a.frozen) && !self.name.contains(".lora_"))
     }
 
     /// Whether this is the basis of a layer, whose gradient is never formed.
@@ -86,6 +91,9 @@ impl Layout {
     /// output layer too, a larger one would begin by predicting that each token repeats.
     pub fn new(config: &Config) -> Self {
         let plain = Self::plain(config);
+        if let Some(adapters) = &config.adapters {
+            return plain.adapted(config, adapters);
+        }
         let Some(Projection { experts, expert_size, capacity, .. }) = config.projection else { return plain };
         let mut slots: Vec<Slot> = Vec::new();
         let mut add = |name: String, shape: Vec<usize>, start: Start| {
@@ -104,6 +112,30 @@ impl Layout {
             }
         }
         add(EXPERTS.to_owned(), vec![experts, expert_size], Start::Projection);
+        Layout { config: config.clone(), slots }
+    }
+
+    /// The tensors of a plain model, and after them those of its adapters: `A` from a normal distribution of the deviation
+    /// `1 / sqrt(in)`, `B` at zero.
+    fn adapted(self, config: &Config, adapters: &Adapters) -> Self {
+        let mut slots = self.slots.clone();
+        let mut end = self.len();
+        for slot in &self.slots {
+            let Some(name) = slot.name.strip_suffix(".weight") else { continue };
+            if !name.rsplit('.').next().is_some_and(|last| adapters.targets.iter().any(|target| target == last)) {
+                continue;
+            }
+            let (outputs, inputs) = (slot.shape[0], slot.shape[1]);
+            let parts = [
+                ("lora_A", [adapters.experts, adapters.rank, inputs], Start::Normal(1.0 / (inputs as f64).sqrt())),
+                ("lora_B", [adapters.experts, outputs, adapters.rank], Start::Zero),
+            ];
+            for (part, shape, start) in parts {
+                let range = end..end + shape.iter().product::<usize>();
+                end = range.end;
+                slots.push(Slot { name: format!("{name}.{part}.weight"), shape: shape.to_vec(), range, start });
+            }
+        }
         Layout { config: config.clone(), slots }
     }
 
@@ -192,7 +224,11 @@ impl Layout {
     fn initial_plain(&self, seed: u64) -> Vec<f32> {
         let mut parameters = vec![1.0; self.len()];
         for slot in &self.slots {
-            let Start::Normal(deviation) = slot.start else { continue };
+            let deviation = match slot.start {
+                Start::Normal(deviation) => deviation,
+                Start::Zero => 0.0,
+                _ => continue,
+            };
             let mut generator = Stream::new(seed, &format!("init:{}", slot.name)).generator();
             for pair in parameters[slot.range.clone()].chunks_mut(2) {
                 // Box and Muller: two uniform numbers make two normal ones. The first lies in (0, 1].

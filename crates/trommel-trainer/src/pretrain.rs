@@ -20,7 +20,7 @@ use crate::recipe::{Recipe, Schedule};
 use crate::training_data::{Place, TrainingData};
 
 /// Raised when the same plan would train to other weights, so that old checkpoints are not continued.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// Which steps of its schedule a pretraining takes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,7 +29,7 @@ pub enum Part {
     Whole,
     /// Those before the decay of [`Schedule::Wsd`]: a trunk that many domains share. Its checkpoint keeps the moments.
     Trunk,
-    /// The decay only, from the trunk in this checkpoint on.
+    /// The decay only, from the trunk in this checkpoint on; each cluster goes on where the trunk has left it.
     Decay(PathBuf),
 }
 
@@ -117,6 +117,11 @@ pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, i
             (state, engine)
         }
         None => {
+            if let Part::Decay(trunk) = &plan.part {
+                let state = checkpoint::read_state::<State>(trunk)?.filter(|state| state.finished);
+                let unfinished = || Error::config("the trunk is not finished").file(trunk.display());
+                data.follow(state.ok_or_else(unfinished)?.position)?;
+            }
             let position = data.place();
             let state = State { fingerprint, step: first, position, last_losses: 0.0, seconds: 0.0, finished: false };
             (state, plan.start(device)?)
@@ -237,14 +242,20 @@ impl PretrainPlan {
         if self.part != Part::Whole && self.recipe.schedule != Schedule::Wsd {
             return Err(Error::config("a trunk needs the schedule `wsd`, whose rate is constant before its decay"));
         }
-        let experts = self.model.projection.map_or(1, |p| p.experts);
+        let steps = self.recipe.steps(self.tokens, self.context);
+        let (first, last) = self.part.steps(steps);
+        if first == last {
+            let message = format!("{} tokens are {steps} steps, too few for a decay over the last fifth of them", self.tokens);
+            return Err(Error::config(message).hint("train on more tokens, or leave `trunk-decay` out"));
+        }
+        let experts = self.model.experts();
         if let Some(share) = self.mixture.iter().flatten().find(|share| share.share > 0.0 && share.expert >= experts) {
             let message =
                 format!("cluster {} belongs to expert {}, and the model has {experts}", share.cluster_id, share.expert);
             return Err(Error::config(message).hint("give the model one expert for each cluster of the level it is trained on"));
         }
-        if self.model.projection.is_some() && self.mixture.is_none() {
-            return Err(Error::config("a projected network needs shards by cluster")
+        if self.model.check_plain().is_err() && self.mixture.is_none() {
+            return Err(Error::config("a network of experts needs shards by cluster")
                 .file(self.shards.display())
                 .hint("set `shard: {by: cluster}` in the pipeline file"));
         }

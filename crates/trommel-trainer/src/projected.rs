@@ -23,6 +23,7 @@ use trommel_kernels::projection as kernel;
 
 use crate::batch::Batch;
 use crate::checkpoint::{self, Model};
+use crate::lora;
 use crate::model::{Config, Projection};
 use crate::native::Native;
 use crate::parameters::{Layout, Slot, mlp_range};
@@ -117,17 +118,24 @@ impl Tensors {
 }
 
 /// The parameters of the plain model that a mixture of a network's experts projects to: `alpha = M^T (sum_i p_i E_i)`.
-/// `shares` (k) are usually 1 for one expert, or a domain's histogram over the clusters. [SE] for the mixture.
+/// `shares` (k) are usually 1 for one expert, or a domain's histogram over the clusters. [SE] for the mixture. With adapters it is
+/// `W + scale * sum_i p_i B_i A_i`.
 pub fn project(config: &Config, parameters: &[f32], shares: &[f64]) -> Result<Vec<f32>> {
-    let Some(tensors) = Tensors::of(config) else {
-        return Err(Error::config("the checkpoint is a plain model, not a projected network"));
-    };
-    let Projection { experts, expert_size, .. } = tensors.projection;
+    let experts = config.experts();
+    if config.projection.is_none() && config.adapters.is_none() {
+        return Err(Error::config("the checkpoint is a plain model, not a network of experts"));
+    }
     if shares.len() != experts {
         let message = format!("{} shares are given for a network of {experts} experts", shares.len());
         return Err(Error::config(message).hint("a network has one expert for each cluster that it was trained on"));
     }
-    let mut vector = vec![0.0; expert_size];
+    if let Some(tensors) = lora::Tensors::of(config) {
+        let mut model = vec![0.0; tensors.plain_len()];
+        tensors.merge(parameters, shares, &mut model);
+        return Ok(model);
+    }
+    let tensors = Tensors::of(config).ok_or_else(|| Error::internal("a network without tensors"))?;
+    let mut vector = vec![0.0; tensors.projection.expert_size];
     for (i, share) in shares.iter().enumerate() {
         let expert = tensors.expert(parameters, i);
         vector.iter_mut().zip(expert).for_each(|(sum, e)| *sum += *share as f32 * e);
@@ -190,7 +198,7 @@ impl Projected {
     /// Adds the gradient of `scale * sum of losses`, and returns the losses.
     pub(crate) fn accumulate(&mut self, batch: &Batch, scale: f32) -> &[f32] {
         assert!(self.expert.is_some(), "no expert is selected");
-        self.native.losses_and_gradient(&self.model, batch, scale, &mut self.gradient)
+        self.native.losses_and_gradient(&self.model, batch, None, scale, &mut self.gradient)
     }
 
     /// Takes the MLPs' gradient of the expert at hand out of `gradient`.

@@ -7,7 +7,8 @@ use trommel_kernels::panels::Precision;
 use trommel_kernels::rotary::Table;
 
 use crate::batch::Batch;
-use crate::composed::{activate, attention, linear, losses, mask, rms_norm, rotate};
+use crate::composed::{activate, attention, cross_entropy, linear, losses, mask, rms_norm, rotate};
+use crate::engine::Teacher;
 use crate::model::{Activation, Config};
 use crate::parameters::Layout;
 
@@ -25,6 +26,15 @@ pub struct Tape {
     moments: Vec<(Tensor, Tensor)>,
     /// The expert whose model batches run through; of no meaning for a plain model.
     expert: usize,
+    teacher: Option<Box<TapeTeacher>>,
+}
+
+/// A model that is learnt from; see [`crate::engine::Engine::learn_from`].
+#[derive(Debug)]
+struct TapeTeacher {
+    tape: Tape,
+    weight: f64,
+    temperature: f64,
 }
 
 /// Tensors that belong to one layer: norm, query, key, value, output, norm, (gate), up, down.
@@ -59,6 +69,7 @@ impl Tape {
             gradients: vec![None; parameters.len()],
             moments: Vec::new(),
             expert: 0,
+            teacher: None,
             config: config.clone(),
             device: device.clone(),
             precision,
@@ -102,6 +113,13 @@ impl Tape {
         self.expert = i;
     }
 
+    /// Learns from another model, too.
+    pub fn learn_from(&mut self, teacher: &Teacher, precision: Precision) -> Result<()> {
+        let tape = Tape::new(&teacher.config, &teacher.parameters, &self.device, precision)?;
+        self.teacher = Some(Box::new(TapeTeacher { tape, weight: teacher.weight, temperature: teacher.temperature }));
+        Ok(())
+    }
+
     /// The weights of the plain model, in the order of its layout. Those of a projected network's expert are mixed on the
     /// tape, anew for each batch: `W = sum_r alpha_r T_r`, `alpha = M^T E_i`. [PE 2.5]
     fn weights(&self) -> Result<Vec<Tensor>> {
@@ -111,7 +129,7 @@ impl Tape {
         for slot in plain.slots() {
             let find = |name: &str| self.layout.slots().iter().position(|own| own.name == name);
             if let Some(i) = find(&slot.name) {
-                weights.push(self.parameters[i].as_tensor().clone());
+                weights.push(self.adapted(self.parameters[i].as_tensor(), &slot.name)?);
                 mixed = None;
                 continue;
             }
@@ -139,15 +157,48 @@ impl Tape {
         Ok(weights)
     }
 
+    /// `matrix`, and `scale * B A` of the selected expert if it has an adapter.
+    fn adapted(&self, matrix: &Tensor, name: &str) -> Result<Tensor> {
+        let part = |part: &str| -> Result<Option<Tensor>> {
+            let name = name.replace(".weight", &format!(".{part}.weight"));
+            let found = self.layout.slots().iter().position(|slot| slot.name == name);
+            found.map(|i| self.parameters[i].as_tensor().get(self.expert)).transpose()
+        };
+        let Some(adapters) = &self.config.adapters else { return Ok(matrix.clone()) };
+        let (Some(a), Some(b)) = (part("lora_A")?, part("lora_B")?) else { return Ok(matrix.clone()) };
+        matrix + (b.matmul(&a)? * f64::from(adapters.scale()))?
+    }
+
     /// The negative log-likelihood of each target, (sequences * time); zero where there is none.
     pub fn losses(&self, batch: &Batch) -> Result<Tensor> {
-        let hidden = self.hidden(batch)?;
+        self.losses_of(&self.all_logits(batch)?, batch)
+    }
+
+    fn losses_of(&self, logits: &Tensor, batch: &Batch) -> Result<Tensor> {
         let targets: Vec<u32> = batch.targets.iter().map(|t| if *t == IGNORED { 0 } else { *t }).collect();
+        losses(logits, &Tensor::from_vec(targets, batch.targets.len(), &self.device)?, &self.counted(batch)?)
+    }
+
+    /// One for each target, (sequences * time), and zero where there is none.
+    fn counted(&self, batch: &Batch) -> Result<Tensor> {
         let counted: Vec<f32> = batch.targets.iter().map(|t| if *t == IGNORED { 0.0 } else { 1.0 }).collect();
-        let rows = targets.len();
-        let (targets, counted) =
-            (Tensor::from_vec(targets, rows, &self.device)?, Tensor::from_vec(counted, rows, &self.device)?);
-        losses(&linear(&hidden, self.parameters[0].as_tensor(), Precision::F32)?, &targets, &counted)
+        Tensor::from_vec(counted, batch.targets.len(), &self.device)
+    }
+
+    /// The logits of every position, (sequences * time, vocab).
+    fn all_logits(&self, batch: &Batch) -> Result<Tensor> {
+        linear(&self.hidden(batch)?, self.parameters[0].as_tensor(), Precision::F32)
+    }
+
+    /// The losses that are learnt from: [`Tape::losses`], mixed with those against the teacher if there is one.
+    fn learnt_losses(&self, batch: &Batch) -> Result<Tensor> {
+        let logits = self.all_logits(batch)?;
+        let losses = self.losses_of(&logits, batch)?;
+        let Some(teacher) = &self.teacher else { return Ok(losses) };
+        let taught = teacher.tape.all_logits(batch)?.detach();
+        let against = cross_entropy(&(taught / teacher.temperature)?, &(logits / teacher.temperature)?)?;
+        let against = (against.mul(&self.counted(batch)?)? * (teacher.weight * teacher.temperature.powi(2)))?;
+        (losses * (1.0 - teacher.weight))? + against
     }
 
     /// The logits after the last position of each sequence, (sequences, vocab).
@@ -157,11 +208,14 @@ impl Tape {
         linear(&last, self.parameters[0].as_tensor(), Precision::F32)?.flatten_all()?.to_vec1()
     }
 
-    /// [`Tape::losses`], and adds the gradient of `scale * sum of losses`.
+    /// The losses that are learnt from, and adds the gradient of `scale` times their sum.
     pub fn losses_and_gradient(&mut self, batch: &Batch, scale: f32) -> Result<Tensor> {
-        let losses = self.losses(batch)?;
+        let losses = self.learnt_losses(batch)?;
         let gradients = (losses.sum_all()? * f64::from(scale))?.backward()?;
-        for (sum, var) in self.gradients.iter_mut().zip(&self.parameters) {
+        for ((sum, var), slot) in self.gradients.iter_mut().zip(&self.parameters).zip(self.layout.slots()) {
+            if slot.is_frozen(&self.config) {
+                continue;
+            }
             let Some(gradient) = gradients.get(var.as_tensor()) else { continue };
             *sum = Some(match sum.take() {
                 Some(sum) => sum.add(gradient)?,
@@ -193,7 +247,7 @@ impl Tape {
         let wide = f64::from;
         let slots = self.layout.slots().iter().zip(&self.parameters).zip(&self.gradients);
         for (((slot, parameter), gradient), (m, v)) in slots.zip(&mut self.moments) {
-            let Some(gradient) = gradient.as_ref().filter(|_| !slot.is_frozen(&self.config)) else { continue };
+            let Some(gradient) = gradient else { continue };
             let g = (gradient * wide(f.gradient_scale))?;
             *m = ((&*m * wide(f.beta1))? + (&g * (1.0 - wide(f.beta1)))?)?;
             *v = ((&*v * wide(f.beta2))? + (g.sqr()? * (1.0 - wide(f.beta2)))?)?;

@@ -76,9 +76,17 @@ impl TrainingData {
     pub(crate) fn seek(&mut self, place: Place) -> Result<()> {
         match (self, place) {
             (TrainingData::Shards(dealer), Place::Shards(place)) => dealer.seek(place),
-            (TrainingData::Clusters(mixture), Place::Clusters(place)) => mixture.seek(place),
+            (TrainingData::Clusters(mixture), Place::Clusters(place)) => mixture.seek(&place),
             (TrainingData::Shards(dealer), Place::Clusters(_)) => Err(other_kind().file(dealer.source().folder().display())),
             (TrainingData::Clusters(_), Place::Shards(_)) => Err(other_kind()),
+        }
+    }
+
+    /// Begins where another training on the same shards has stopped.
+    pub(crate) fn follow(&mut self, place: Place) -> Result<()> {
+        match (self, place) {
+            (TrainingData::Clusters(mixture), Place::Clusters(place)) => mixture.follow(&place),
+            (data, place) => data.seek(place),
         }
     }
 

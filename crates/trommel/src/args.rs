@@ -172,6 +172,24 @@ pub(crate) struct FinetuneArguments {
     /// Seed of the order of the documents.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+    /// A checkpoint of the same tokenizer to learn from as well: a larger model, fine-tuned on the same documents.
+    #[arg(long, value_name = "CHECKPOINT")]
+    pub(crate) teacher: Option<PathBuf>,
+    /// Share of the loss against the teacher's next-word distributions (0 to 1).
+    #[arg(long, default_value_t = 0.5, requires = "teacher")]
+    pub(crate) teacher_weight: f64,
+    /// What logits are divided by before both models' distributions are compared (above 0).
+    #[arg(long, default_value_t = 1.0, requires = "teacher")]
+    pub(crate) temperature: f64,
+    /// Train low-rank adapters of this rank instead of the model, and merge them into it at the end.
+    #[arg(long, value_name = "RANK", conflicts_with = "teacher")]
+    pub(crate) lora: Option<usize>,
+    /// What an adapter is multiplied by, times its rank [default: twice the rank].
+    #[arg(long, value_name = "ALPHA", requires = "lora")]
+    pub(crate) lora_alpha: Option<f64>,
+    /// The matrices that have adapters, such as `q_proj,v_proj` [default: all].
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "lora")]
+    pub(crate) lora_targets: Option<Vec<String>>,
     #[command(flatten)]
     pub(crate) device: DeviceArgument,
     /// Print one JSON object instead of a table.

@@ -10,6 +10,8 @@ pub(crate) mod choose;
 pub(crate) mod outcome;
 /// Which models a plan pretrains, on which text.
 mod pretrainings;
+/// Training on the documents of a domain.
+mod tune;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -19,7 +21,7 @@ use serde::Deserialize;
 use trommel_core::error::{Error, Result};
 use trommel_core::key::Key;
 use trommel_core::manifest::Manifest;
-use trommel_core::progress::{Interrupt, Progress};
+use trommel_core::progress::{Interrupt, Progress, Silent};
 use trommel_core::schema::CORPUS;
 use trommel_core::seed::Stream;
 use trommel_core::storage::write_bytes;
@@ -32,14 +34,15 @@ use trommel_spec::pipeline::{Method, Precision, Schedule, ShardBy, Train};
 use trommel_spec::plan::{DomainSources, Plan, Source};
 use trommel_trainer::checkpoint;
 use trommel_trainer::evaluate::{Evaluation, evaluate};
-use trommel_trainer::finetune::{FinetunePlan, FinetuneReport, PATIENCE, Start, finetune};
+use trommel_trainer::finetune::FinetuneReport;
 use trommel_trainer::model::{Config, preset};
 use trommel_trainer::pretrain::{Part, PretrainPlan, pretrain};
 use trommel_trainer::recipe::{self, Recipe};
 
 use crate::args::Until;
 use crate::compare::outcome::{Cost, Outcome};
-use crate::compare::pretrainings::{Phase, Pretraining, Text, folder, json, pretrainings};
+use crate::compare::pretrainings::{Phase, Pretraining, Text, pretrainings};
+use crate::compare::tune::{Tuning, adaptations, distillations};
 
 /// A model that was pretrained.
 struct Trained {
@@ -87,42 +90,75 @@ struct State {
     finished: bool,
 }
 
-/// The state of the stages that follow the shards. What depends on a choice that only a run can make counts as done when the
-/// rest is.
+/// The state of the stages that follow the shards: what a run would find done. Which projections of a network a domain starts from
+/// only a run can tell; one of them is enough here.
 pub(crate) fn survey(plan: &Plan) -> Result<Vec<StageReport>> {
     let Some(train) = &plan.spec.train else { return Ok(Vec::new()) };
-    let embedder = load_embedder(plan)?;
-    let outputs = Outputs::of(plan, embedder.key())?;
-    let proportions = Proportions::read(&plan.run_dir).ok();
+    let outputs = Outputs::of(plan, load_embedder(plan)?.key())?;
+    let by_cluster = plan.spec.shard.by == ShardBy::Cluster;
+    // The directory may hold the tables of an earlier plan.
+    let of_plan = |p: &Proportions| {
+        let known = plan.domains.iter().all(|d| p.histogram(&d.train.name, 1).is_ok());
+        known && p.levels() as usize == plan.spec.cluster.levels().len()
+    };
+    let proportions = Proportions::read(&plan.run_dir).ok().filter(|p| by_cluster && of_plan(p));
+    let domains = plan.domains.iter().map(|d| documents(plan, d, &Silent)).collect::<Result<Vec<_>>>()?;
     let whole = |out: &Path| -> Result<bool> {
         let state: Option<State> = checkpoint::read_state(&out.join(checkpoint::FOLDER))?;
         Ok(state.is_some_and(|s| s.finished))
     };
-    let names = |stage: &str| -> Vec<String> {
-        let entries = std::fs::read_dir(plan.run_dir.join(stage)).into_iter().flatten().flatten();
-        entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect()
-    };
-    let (tuned_names, evaluations) = (names("finetune"), names("eval"));
-    let mut trained = true;
+    let mut models = Vec::new();
     for what in pretrainings(plan, train, proportions.as_ref())? {
-        trained &= whole(&what.folder(plan, train, &outputs))?;
+        let out = what.folder(plan, train, &outputs, proportions.as_ref())?;
+        if !whole(&out)? {
+            let report = |stage: &str| StageReport { stage: stage.to_owned(), ..StageReport::default() };
+            return Ok(["train", "finetune", "eval"].map(report).into());
+        }
+        models.push((what, out));
     }
-    let mut tuned = true;
-    let methods = train.methods.iter().filter(|&&m| m == Method::SlmNopt || plan.spec.finetune.is_some());
-    for (method, domain) in methods.flat_map(|m| plan.domains.iter().map(move |d| (m.name(), &d.train.name))) {
-        let found = tuned_names.iter().find(|name| name.starts_with(method) && name.contains(&format!("-on-{domain}-")));
-        tuned &= found.map(|name| whole(&plan.run_dir.join("finetune").join(name))).transpose()?.unwrap_or(false);
+    let (mut tuned, mut evaluated) = (true, true);
+    for domain in &domains {
+        let measured =
+            |stage: &str, model: &Path| domain.test.is_empty() || evaluation_file(plan, stage, model, domain).exists();
+        let folder = |tuning: &Tuning| tuning.folder(plan, &outputs, train, domain);
+        let mut trainings: Vec<PathBuf> = Tuning::alone(plan, train).iter().map(folder).collect();
+        for (what, out) in &models {
+            if !what.serves(&domain.name, proportions.as_ref())? {
+                continue;
+            }
+            let mut starts = what.starts(plan, out);
+            let Some(finetune) = &plan.spec.finetune else {
+                evaluated &= starts.iter().any(|start| measured("pretrained", start));
+                continue;
+            };
+            let mut done = Vec::new();
+            for start in starts.drain(..) {
+                let model = folder(&Tuning::of(&start, what.seed, finetune));
+                if whole(&model)? {
+                    done.push(measured("pretrained", &start) && measured("finetuned", &model));
+                }
+            }
+            tuned &= !done.is_empty();
+            evaluated &= done.contains(&true);
+        }
+        if let Some(finetune) = &plan.spec.finetune {
+            let kinds: Vec<_> = models.iter().map(|(what, _)| (what.method, what.seed)).collect();
+            for (student, teacher) in distillations(train, &kinds) {
+                let teacher = folder(&Tuning::of(&models[teacher].1, models[teacher].0.seed, finetune));
+                let (what, start) = &models[student];
+                trainings.push(folder(&Tuning::distilled(start, &teacher, what.seed, finetune)));
+            }
+            for (what, start) in adaptations(train, finetune, &kinds).into_iter().map(|place| &models[place]) {
+                trainings.push(folder(&Tuning::adapted(start, what.seed, finetune)));
+            }
+        }
+        for model in trainings {
+            tuned &= whole(&model)?;
+            evaluated &= measured("finetuned", &model);
+        }
     }
-    let tested = plan.domains.iter().filter(|d| d.test.is_some());
-    let stages = [(true, "pretrained"), (plan.spec.finetune.is_some(), "finetuned")];
-    let evaluated = trained
-        && tuned
-        && tested.flat_map(|d| stages.iter().filter(|s| s.0).map(move |s| (&d.train.name, s.1))).all(|(domain, stage)| {
-            let nothing = stage == "pretrained" && train.methods == [Method::SlmNopt];
-            nothing || evaluations.iter().any(|name| name.starts_with(stage) && name.contains(&format!("-on-{domain}-")))
-        });
-    let report = |stage: &str, cached| StageReport { stage: stage.to_owned(), cached, seconds: 0.0, rows: None, bytes: None };
-    Ok(vec![report("train", trained), report("finetune", tuned), report("eval", evaluated)])
+    let report = |(stage, cached): (&str, bool)| StageReport { stage: stage.to_owned(), cached, ..StageReport::default() };
+    Ok([("train", true), ("finetune", tuned), ("eval", evaluated)].map(report).into())
 }
 
 impl Comparison<'_> {
@@ -130,7 +166,7 @@ impl Comparison<'_> {
     pub(crate) fn run(&self, until: Until) -> Result<(Vec<StageReport>, Vec<Outcome>)> {
         let Some(train) = &self.plan.spec.train else { return Ok((Vec::new(), Vec::new())) };
         // Everything is read before the first model is trained: a mistake in a test set must not show hours later.
-        let domains = self.plan.domains.iter().map(|d| self.documents(d)).collect::<Result<Vec<_>>>()?;
+        let domains = self.plan.domains.iter().map(|d| documents(self.plan, d, self.progress)).collect::<Result<Vec<_>>>()?;
         let by_cluster = self.plan.spec.shard.by == ShardBy::Cluster;
         let proportions = by_cluster.then(|| Proportions::read(&self.plan.run_dir)).transpose()?;
         let proportions = proportions.as_ref();
@@ -189,7 +225,7 @@ impl Comparison<'_> {
                 _ => self.shards(what.method, CORPUS)?,
             };
             let model = self.model(train, what.preset(train), shards)?;
-            let model = Config { projection: what.projection(train, proportions)?, ..model };
+            let model = what.network(model, train, proportions)?;
             let tokens = what.tokens(train, proportions)?;
             let schedule = if what.phase == Phase::Whole { train.schedule } else { Schedule::Wsd };
             let trunk = || all.iter().find(|t| t.what.phase == Phase::Trunk && t.what.seed == what.seed);
@@ -210,7 +246,7 @@ impl Comparison<'_> {
                 shards: shards.to_owned(),
                 mixture: what.mixture(proportions)?,
                 part,
-                out: what.folder(self.plan, train, self.outputs),
+                out: what.folder(self.plan, train, self.outputs, proportions)?,
             };
             self.progress.line(&format!("pretraining {}", what.name(train)));
             let report = pretrain(&plan, self.device, self.progress, self.interrupt)?;
@@ -233,7 +269,7 @@ impl Comparison<'_> {
         let mut starts: Vec<Candidate> = Vec::new();
         for model in trained {
             let what = &model.what;
-            if what.domain.as_ref().is_some_and(|d| *d != domain.name) || what.phase == Phase::Trunk {
+            if !what.serves(&domain.name, proportions)? {
                 continue;
             }
             let shared = if what.domain.is_none() { model.cost } else { Cost::default() };
@@ -252,15 +288,12 @@ impl Comparison<'_> {
                     let network = choose::Network { model, level: *level, proportions };
                     starts.extend(self.projections(train, domain, &network, &candidate, cached)?);
                 }
-                Text::Node { level, node } => {
-                    let proportions = proportions.ok_or_else(|| Error::internal("a mixture without clusters"))?;
-                    if choose::top(&proportions.histogram(&domain.name, *level)?) == *node {
-                        let group = trained.iter().filter(|t| {
-                            t.what.method == what.method && t.what.variant == what.variant && t.what.seed == what.seed
-                        });
-                        let generic = group.fold(Cost::default(), |sum, t| sum + t.cost);
-                        starts.push(Candidate { cost: generic, generic, ..candidate });
-                    }
+                Text::Node { .. } => {
+                    let group = trained
+                        .iter()
+                        .filter(|t| t.what.method == what.method && t.what.variant == what.variant && t.what.seed == what.seed);
+                    let generic = group.fold(Cost::default(), |sum, t| sum + t.cost);
+                    starts.push(Candidate { cost: generic, generic, ..candidate });
                 }
                 _ if what.phase == Phase::Decay => {
                     let trunk = trained.iter().find(|t| t.what.phase == Phase::Trunk && t.what.seed == what.seed);
@@ -271,98 +304,6 @@ impl Comparison<'_> {
             }
         }
         Ok(starts)
-    }
-
-    /// Fine-tunes every start, and trains the models that see the domain only.
-    fn finetune_all(
-        &self,
-        train: &Train,
-        domain: &DomainDocuments,
-        starts: &[Candidate],
-        cached: &mut bool,
-    ) -> Result<Vec<Candidate>> {
-        let mut tuned = Vec::new();
-        if self.plan.spec.finetune.is_some() {
-            for start in starts {
-                let (out, report) = self.finetune(train, domain, start, cached)?;
-                tuned.push(Candidate { stage: "finetuned", out, cost: start.cost + cost_of(&report), ..start.clone() });
-            }
-        }
-        let alone = train.methods.iter().filter(|&&m| m == Method::SlmNopt).flat_map(|m| (0..train.seeds(*m)).map(u64::from));
-        for offset in alone {
-            let seed = self.plan.spec.seed + offset;
-            let shards = self.shards(Method::SlmNopt, &domain.name)?;
-            let model = self.model(train, &train.model, shards)?;
-            let start = Start::Scratch { model, end_of_text: Manifest::read(shards)?.end_of_text };
-            let seeds = if train.seeds(Method::SlmNopt) > 1 { format!("-seed-{seed}") } else { String::new() };
-            let name = format!("{}{seeds}", Method::SlmNopt.name());
-            // As many tokens as the others are pretrained on, unless it stops early.
-            let recipe =
-                |model: &Config| recipe_of(train.schedule, train.precision, Recipe::pretraining(model, train.tokens.0));
-            let (out, report) = self.tune(train, domain, start, &name, (train.tokens.0, &recipe), seed, cached)?;
-            tuned.push(Candidate {
-                method: Method::SlmNopt,
-                variant: String::new(),
-                seed,
-                stage: "finetuned",
-                out,
-                cost: cost_of(&report),
-                generic: Cost::default(),
-            });
-        }
-        Ok(tuned)
-    }
-
-    /// Fine-tunes one model on a domain.
-    fn finetune(
-        &self,
-        train: &Train,
-        domain: &DomainDocuments,
-        start: &Candidate,
-        cached: &mut bool,
-    ) -> Result<(PathBuf, FinetuneReport)> {
-        let tokens = self.plan.spec.finetune.as_ref().map_or(0, |f| f.tokens.0);
-        let recipe = |model: &Config| recipe_of(Schedule::Cosine, train.precision, Recipe::finetuning(model, tokens));
-        let name = start.out.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let checkpoint = Start::Checkpoint(start.out.join(checkpoint::FOLDER));
-        self.tune(train, domain, checkpoint, &name, (tokens, &recipe), start.seed, cached)
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "one training: on what, from where, how, and as which")]
-    fn tune(
-        &self,
-        train: &Train,
-        domain: &DomainDocuments,
-        start: Start,
-        name: &str,
-        (tokens, recipe): (u64, &dyn Fn(&Config) -> Recipe),
-        seed: u64,
-        cached: &mut bool,
-    ) -> Result<(PathBuf, FinetuneReport)> {
-        let name = format!("{name}-on-{}", domain.name);
-        let settings = (&train.model, train.context, train.schedule, train.precision, tokens);
-        let model = FinetunePlan::model(&start)?;
-        let plan = FinetunePlan {
-            recipe: recipe(&model),
-            start,
-            train: domain.train.clone(),
-            validation: domain.validation.clone(),
-            tokenizer: self.shards(Method::SlmNopt, &domain.name)?.join(Manifest::TOKENIZER),
-            context: train.context as usize,
-            tokens,
-            seed,
-            patience: PATIENCE,
-            out: folder(
-                self.plan,
-                "finetune",
-                &name,
-                &[&self.outputs.shards_key.0.to_le_bytes(), &json(&settings), &seed.to_le_bytes(), &domain.key()],
-            ),
-        };
-        self.progress.line(&format!("fine-tuning {name}"));
-        let report = finetune(&plan, self.device, self.progress, self.interrupt)?;
-        *cached &= report.cached;
-        Ok((plan.out, report))
     }
 
     fn outcome(&self, train: &Train, domain: &DomainDocuments, candidate: &Candidate, cached: &mut bool) -> Result<Outcome> {
@@ -383,13 +324,6 @@ impl Comparison<'_> {
         })
     }
 
-    /// The documents of a domain; what cannot be used of them is said.
-    fn documents(&self, domain: &DomainSources) -> Result<DomainDocuments> {
-        let (train, validation) = split(&domain.train, self.plan.spec.seed, self.progress)?;
-        let test = domain.test.as_ref().map(|test| usable_texts(test, self.progress)).transpose()?.unwrap_or_default();
-        Ok(DomainDocuments { name: domain.train.name.clone(), train, validation, test })
-    }
-
     /// The evaluation of one model, kept in a file that is named after the model and the documents.
     fn evaluation(
         &self,
@@ -398,26 +332,38 @@ impl Comparison<'_> {
         context: usize,
         cached: &mut bool,
     ) -> Result<Evaluation> {
-        let trained = candidate.out.file_name().unwrap_or_default().to_string_lossy();
-        let parts = [candidate.stage.as_bytes(), trained.as_bytes()];
-        let key = Key::of(parts.into_iter().chain(domain.test.iter().map(String::as_bytes)));
-        let path = self.plan.run_dir.join("eval").join(format!(
-            "{}-{trained}-on-{}-{}.json",
-            candidate.stage,
-            domain.name,
-            key.short()
-        ));
+        let path = evaluation_file(self.plan, candidate.stage, &candidate.out, domain);
         if let Some(found) = std::fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok()) {
             return Ok(found);
         }
         *cached = false;
-        self.progress.line(&format!("evaluating {trained} on {}", domain.name));
+        self.progress.line(&format!("evaluating {} on {}", stem(&candidate.out), domain.name));
         let folder = candidate.out.join(checkpoint::FOLDER);
         let found = evaluate(&folder, &domain.test, context, self.device, self.progress, self.interrupt)?;
         let text = serde_json::to_vec_pretty(&found).map_err(|e| Error::internal("no report").source(e))?;
         write_bytes(&path, &text)?;
         Ok(found)
     }
+}
+
+/// The documents of a domain; what cannot be used of them is said.
+fn documents(plan: &Plan, domain: &DomainSources, progress: &dyn Progress) -> Result<DomainDocuments> {
+    let (train, validation) = split(&domain.train, plan.spec.seed, progress)?;
+    let test = domain.test.as_ref().map(|test| usable_texts(test, progress)).transpose()?.unwrap_or_default();
+    Ok(DomainDocuments { name: domain.train.name.clone(), train, validation, test })
+}
+
+/// The file that keeps the evaluation of the model in `out`, named after it and the documents.
+fn evaluation_file(plan: &Plan, stage: &str, out: &Path, domain: &DomainDocuments) -> PathBuf {
+    let model = stem(out);
+    let parts = [stage.as_bytes(), model.as_bytes()];
+    let key = Key::of(parts.into_iter().chain(domain.test.iter().map(String::as_bytes)));
+    plan.run_dir.join("eval").join(format!("{stage}-{model}-on-{}-{}.json", domain.name, key.short()))
+}
+
+/// The last part of a folder's name.
+fn stem(folder: &Path) -> String {
+    folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 impl DomainDocuments {

@@ -28,16 +28,16 @@ pub(crate) enum ChoiceArgument {
 /// Writes the small model that an expert, or a mixture of them, projects to.
 pub(crate) fn run(arguments: &ProjectArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
     let config = checkpoint::read_model(&arguments.checkpoint)?.config;
-    let Some(projection) = config.projection else {
-        let error = Error::config("the checkpoint is a plain model, not a projected network");
+    if config.check_plain().is_ok() {
+        let error = Error::config("the checkpoint is a plain model, not a network of experts");
         return Err(error.file(arguments.checkpoint.display()).hint("train one with the method `slm-pn`").into());
-    };
+    }
     let folder = arguments.out.join(checkpoint::FOLDER);
     if folder.exists() {
         let error = Error::config("there is a checkpoint already").file(folder.display());
         return Err(error.hint("name another folder with `--out`, or remove this one").into());
     }
-    let shares = shares(arguments, projection.experts, config.context, interrupt)?;
+    let shares = shares(arguments, config.experts(), config.context, interrupt)?;
     projected::write(&arguments.checkpoint, &shares, &folder)?;
     let mut out = std::io::stdout().lock();
     if arguments.json {

@@ -11,9 +11,9 @@ use trommel_spec::plan::{self, Source};
 use trommel_spec::training::Training;
 use trommel_spec::validate;
 use trommel_trainer::export::Format;
-use trommel_trainer::finetune::{FinetunePlan, PATIENCE, Start};
+use trommel_trainer::finetune::{FinetunePlan, PATIENCE, Start, TeacherPlan};
 use trommel_trainer::generate::Sampling;
-use trommel_trainer::model::{Config, preset};
+use trommel_trainer::model::{Adapters, Config, preset};
 use trommel_trainer::pretrain::{Part, PretrainPlan};
 use trommel_trainer::recipe::Recipe;
 use trommel_trainer::{checkpoint, device};
@@ -65,6 +65,21 @@ pub(crate) fn finetune(arguments: &FinetuneArguments, interrupt: &Interrupt) -> 
         recipe: Recipe::finetuning(&config, arguments.tokens),
         seed: arguments.seed,
         patience: PATIENCE,
+        teacher: arguments.teacher.clone().map(|checkpoint| TeacherPlan {
+            checkpoint,
+            weight: arguments.teacher_weight,
+            temperature: arguments.temperature,
+        }),
+        adapters: arguments.lora.map(|rank| Adapters {
+            experts: 1,
+            rank,
+            alpha: arguments.lora_alpha.unwrap_or(2.0 * rank as f64),
+            targets: arguments
+                .lora_targets
+                .clone()
+                .unwrap_or_else(|| config.matrices().into_iter().map(str::to_owned).collect()),
+            frozen: true,
+        }),
         out: arguments.out.clone(),
     };
     let report = trommel_trainer::finetune::finetune(&plan, &device, &*progress, interrupt)?;

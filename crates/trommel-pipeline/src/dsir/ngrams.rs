@@ -3,7 +3,7 @@
 use sha2::{Digest, Sha256};
 use trommel_core::key::Key;
 
-/// Buckets that n-grams are hashed into. [DS]
+/// Buckets that n-grams are hashed into. \[DS\]
 pub const BUCKETS: usize = 10_000;
 /// Bytes of the longest n-gram that is remembered; an entry then has 32 bytes.
 const REMEMBERED_BYTES: usize = 29;

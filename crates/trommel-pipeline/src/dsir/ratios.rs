@@ -59,7 +59,7 @@ pub struct LogRatios {
 }
 
 impl LogRatios {
-    /// Reads them from the file that [`write`] has made.
+    /// Reads them from the file that `write` has made.
     pub fn read(engine: &Engine, dsir: &Dsir) -> Result<LogRatios> {
         let session = engine.session(1, []);
         engine.register(&session, "ratios", &[&dsir.ratios])?;

@@ -85,7 +85,7 @@ pub fn log_weights_function(ratios: &Arc<LogRatios>) -> ScalarUDF {
 
 /// Appends the text's log weight for each domain, the sum of the log ratios of its n-grams; returns its words.
 ///
-/// The package sums over all n-grams too: long windows have the largest weights, either way. [DS]
+/// The package sums over all n-grams too: long windows have the largest weights, either way. \[DS\]
 fn log_weights(featurizer: &mut Featurizer, ratios: &LogRatios, text: &str, weights: &mut Vec<f64>) -> usize {
     let (first, domains) = (weights.len(), ratios.domains.len());
     weights.resize(first + domains, 0.0);
@@ -98,7 +98,7 @@ fn log_weights(featurizer: &mut Featurizer, ratios: &LogRatios, text: &str, weig
 
 /// SQL `gumbel(domain, document, window)`: noise from the standard Gumbel distribution, a hash of the seed and the arguments.
 ///
-/// The k highest of `log w + noise` are k draws without replacement in proportion to w (the Gumbel top-k trick). [DS]
+/// The k highest of `log w + noise` are k draws without replacement in proportion to w (the Gumbel top-k trick). \[DS\]
 pub fn gumbel_function(seed: u64) -> ScalarUDF {
     let stream = Stream::new(seed, "dsir");
     let compute = move |arguments: &[ColumnarValue]| {

@@ -31,6 +31,7 @@ pub(crate) fn tiny(activation: Activation) -> Config {
         rope_theta: 1e4,
         norm_eps: 1e-5,
         projection: None,
+        adapters: None,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use candle_core::Device;
 use trommel_kernels::panels::Precision;
-use trommel_trainer::engine::Engine;
+use trommel_trainer::engine::{Engine, Teacher};
 use trommel_trainer::model::{Activation, Config};
 use trommel_trainer::parameters::Layout;
 use trommel_trainer::recipe::Recipe;
@@ -114,6 +114,30 @@ fn steps_equal_the_tape() {
     // Where a gradient is nearly zero, Adam divides noise by noise; the mean over all numbers is a steadier measure.
     let off: f64 = got.iter().zip(&on_tape).map(|(a, b)| f64::from((a - b).abs())).sum::<f64>() / got.len() as f64;
     assert!(off < 3e-6, "{off}");
+}
+
+#[test]
+fn what_a_teacher_adds_equals_the_tape() {
+    let config = tiny(Activation::SwiGlu);
+    let larger = Config { width: 32, mlp: 56, ..tiny(Activation::Gelu) };
+    let teacher = Teacher { parameters: parameters(&larger), config: larger, weight: 0.6, temperature: 2.0 };
+    let mut engine = engine(&config);
+    let mut tape = Tape::new(&config, &parameters(&config), &Device::Cpu, Precision::F32).unwrap();
+    let batch = batch(3, 11, 2);
+    let plain = engine.losses(&batch).unwrap();
+    engine.learn_from(teacher.clone(), Precision::F32).unwrap();
+    tape.learn_from(&teacher, Precision::F32).unwrap();
+    let losses = tape.losses_and_gradient(&batch, 0.1).unwrap().to_vec1::<f32>().unwrap();
+    let sum = engine.accumulate(&batch, 0.1).unwrap();
+    let expected: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
+    assert!((sum / expected - 1.0).abs() < 1e-5, "{sum} {expected}");
+    assert!((expected / plain.iter().map(|loss| f64::from(*loss)).sum::<f64>() - 1.0).abs() > 0.05);
+    let (gradient, expected) = (engine.gradient().unwrap(), tape.gradient().unwrap());
+    for slot in Layout::new(&config).slots() {
+        assert_close(&gradient[slot.range.clone()], &expected[slot.range.clone()], 1e-4, &slot.name);
+    }
+    // What is measured stays the loss of the targets.
+    assert_eq!(engine.losses(&batch).unwrap(), plain);
 }
 
 #[test]

@@ -253,7 +253,7 @@ fn sequences_come_in_proportion_and_any_place_resumes() {
     let mut counts = [0usize; 3];
     for _ in 0..60 {
         let mut resumed = open(&shares(true)).unwrap();
-        resumed.seek(mixture.position()).unwrap();
+        resumed.seek(&mixture.position()).unwrap();
         let dealt = mixture.deal(3, CONTEXT).unwrap();
         assert_eq!(resumed.deal(3, CONTEXT).unwrap(), dealt);
         dealt.iter().for_each(|(expert, batch)| counts[*expert] += batch.sequences());

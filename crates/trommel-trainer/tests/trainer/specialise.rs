@@ -7,7 +7,7 @@ use candle_core::Device;
 use trommel_core::progress::{Interrupt, Silent};
 use trommel_kernels::panels::Precision;
 use trommel_trainer::evaluate::evaluate;
-use trommel_trainer::finetune::{FinetunePlan, Start, finetune};
+use trommel_trainer::finetune::{FinetunePlan, Start, TeacherPlan, finetune};
 use trommel_trainer::generate::{Sampling, generate};
 use trommel_trainer::model::Activation;
 use trommel_trainer::pretrain::pretrain;
@@ -20,7 +20,7 @@ fn domain(range: std::ops::Range<usize>) -> Vec<String> {
     range.map(|i| text(3 * i + 1)).collect()
 }
 
-fn finetune_plan(folder: &Path, start: Start, out: &str) -> FinetunePlan {
+pub(crate) fn finetune_plan(folder: &Path, start: Start, out: &str) -> FinetunePlan {
     let model = FinetunePlan::model(&start).unwrap();
     // Evaluations of a finished model are in `f32`; so is this training, that the two can be compared.
     let precision = Precision::F32;
@@ -36,6 +36,8 @@ fn finetune_plan(folder: &Path, start: Start, out: &str) -> FinetunePlan {
         recipe,
         seed: 5,
         patience: 4,
+        teacher: None,
+        adapters: None,
         out: folder.join(out),
     }
 }
@@ -96,4 +98,40 @@ fn generated_text_is_of_the_language_and_repeats() {
     };
     assert_eq!(write(1), write(1));
     assert!((1..5).any(|seed| !write(seed).is_empty()));
+}
+
+#[test]
+fn a_teacher_is_learnt_from_and_must_fit() {
+    let folder = tempfile::tempdir().unwrap();
+    write_shards(&folder.path().join("shards"));
+    let interrupt = Interrupt::default();
+    let run = |plan: &FinetunePlan| finetune(plan, &Device::Cpu, &Silent, &Interrupt::default());
+    let pretrained = pretrain(&plan(folder.path(), "pretrained"), &Device::Cpu, &Silent, &interrupt).unwrap();
+    let teacher = run(&finetune_plan(folder.path(), Start::Checkpoint(pretrained.checkpoint.clone()), "teacher")).unwrap();
+    let student = Start::Scratch { model: tiny(Activation::SwiGlu), end_of_text: 0 };
+    let plan = |out: &str, teacher: Option<TeacherPlan>| FinetunePlan {
+        teacher,
+        ..finetune_plan(folder.path(), student.clone(), out)
+    };
+    let alone = run(&plan("alone", None)).unwrap();
+    let of = |weight: f64| TeacherPlan { checkpoint: teacher.checkpoint.clone(), weight, temperature: 1.5 };
+    // At a weight of one the targets have no part, so all that is learnt comes from the teacher.
+    let taught = run(&plan("taught", Some(of(1.0)))).unwrap();
+    assert!(taught.loss_after < taught.loss_before - 0.8, "{taught:?}");
+    assert!(taught.loss_after != alone.loss_after);
+    assert!(taught.flops / taught.tokens as f64 > alone.flops / alone.tokens as f64);
+    assert!(run(&plan("taught", Some(of(1.0)))).unwrap().cached);
+
+    let refused = |teacher: TeacherPlan| run(&plan("refused", Some(teacher))).unwrap_err().to_string();
+    assert!(refused(of(1.5)).contains("weight 1.5"));
+    let other = folder.path().join("other");
+    fs::create_dir_all(&other).unwrap();
+    for name in ["model.safetensors", "config.json", "tokenizer.json"] {
+        fs::copy(teacher.checkpoint.join(name), other.join(name)).unwrap();
+    }
+    let tokenizer = fs::read_to_string(other.join("tokenizer.json")).unwrap().replace("w29", "word29");
+    fs::write(other.join("tokenizer.json"), tokenizer).unwrap();
+    let error = refused(TeacherPlan { checkpoint: other, ..of(0.5) });
+    assert!(error.contains("another tokenizer") && error.contains("hint"), "{error}");
+    assert!(!folder.path().join("refused").exists());
 }

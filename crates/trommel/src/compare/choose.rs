@@ -11,7 +11,7 @@ use trommel_trainer::checkpoint;
 use trommel_trainer::evaluate::expert_losses;
 use trommel_trainer::projected;
 
-use super::{Candidate, Comparison, DomainDocuments, Trained};
+use super::{Candidate, Comparison, DomainDocuments, Trained, cost_of};
 
 /// A trained network, and what its experts stand for.
 pub(super) struct Network<'a> {
@@ -34,6 +34,7 @@ impl Comparison<'_> {
         let only = |expert: usize| (0..histogram.len()).map(|i| f64::from(u8::from(i == expert))).collect::<Vec<_>>();
         let mut made = Vec::new();
         for choice in &train.experts.choices {
+            let mut cost = candidate.cost;
             let shares = match choice {
                 Choice::TopCluster => only(top(&histogram)),
                 Choice::Mixture => histogram.clone(),
@@ -42,16 +43,20 @@ impl Comparison<'_> {
                     only(top(&losses.iter().map(|loss| -loss).collect::<Vec<_>>()))
                 }
                 Choice::BestTuned => {
-                    let mut losses = Vec::new();
+                    let mut tries = Vec::new();
                     for expert in 0..histogram.len() {
                         let start = Candidate { out: self.project(network, &only(expert), cached)?, ..candidate.clone() };
-                        losses.push(-self.finetune(train, domain, &start, cached)?.1.loss_after);
+                        tries.push(self.finetune(train, domain, &start, cached)?.1);
                     }
-                    only(top(&losses))
+                    let best = top(&tries.iter().map(|tried| -tried.loss_after).collect::<Vec<_>>());
+                    // The best one's own tuning is counted with the fine-tuned model, like everyone's.
+                    tries.remove(best);
+                    cost = tries.iter().fold(cost, |sum, tried| sum + cost_of(tried));
+                    only(best)
                 }
             };
             let variant = format!("{} {}", candidate.variant, choice.name());
-            made.push(Candidate { variant, out: self.project(network, &shares, cached)?, ..candidate.clone() });
+            made.push(Candidate { variant, cost, out: self.project(network, &shares, cached)?, ..candidate.clone() });
         }
         Ok(made)
     }

@@ -52,6 +52,9 @@ fn meaning(method: &str) -> &str {
         "slm-mix" => "slm-mix (one per cluster)",
         "dsir" => "dsir (resampled by DSIR)",
         "llm" => "llm (larger)",
+        "lora" => "lora (adapters)",
+        "lora-mix" => "lora-mix (adapters per cluster)",
+        "slm-d" => "slm-d (taught by llm)",
         other => other,
     }
 }

@@ -1,6 +1,6 @@
 //! Which models a plan pretrains, on which text.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use trommel_core::error::{Error, Result};
@@ -11,7 +11,10 @@ use trommel_pipeline::proportions::Proportions;
 use trommel_spec::pipeline::{Method, ShardBy, Train};
 use trommel_spec::plan::Plan;
 use trommel_trainer::mixture::Share;
-use trommel_trainer::model::Projection;
+use trommel_trainer::model::{Adapters, Config, Projection};
+
+use super::choose::top;
+use super::stem;
 
 /// One model to pretrain.
 #[derive(Debug, Clone, PartialEq)]
@@ -96,11 +99,11 @@ impl Listing<'_> {
                     all.extend(domains().map(|d| model(variant.clone(), Some(d), of(d, level), Phase::Whole)));
                 }
             }
-            Method::SlmNopt => {}
+            Method::SlmNopt | Method::SlmD | Method::Lora => {}
             Method::Dsir => {
                 all.extend(domains().map(|d| model(String::new(), Some(d), Text::Shards(d.clone()), Phase::Whole)));
             }
-            Method::SlmPn => {
+            Method::SlmPn | Method::LoraMix => {
                 for level in expert_levels {
                     all.push(model(format!("level-{level}"), None, Text::Experts { level }, Phase::Whole));
                 }
@@ -133,14 +136,18 @@ impl Pretraining {
         train.llm.as_deref().filter(|_| self.method == Method::Llm).unwrap_or(&train.model)
     }
 
-    /// What makes it a projected network of `experts` experts, if it is one.
-    pub(super) fn projection(&self, train: &Train, proportions: Option<&Proportions>) -> Result<Option<Projection>> {
-        let Text::Experts { level } = self.text else { return Ok(None) };
-        let mut projection = Projection::new(known(proportions)?.clusters(level)?);
+    /// `model` as it is, or as a network of experts if this is one.
+    pub(super) fn network(&self, model: Config, train: &Train, proportions: Option<&Proportions>) -> Result<Config> {
+        let Text::Experts { level } = self.text else { return Ok(model) };
+        let experts = known(proportions)?.clusters(level)?;
+        if self.method == Method::LoraMix {
+            return Ok(Config { adapters: Some(Adapters::of_experts(experts, &model)), ..model });
+        }
+        let mut projection = Projection::new(experts);
         if let Some(capacity) = train.experts.capacity {
             projection.capacity = capacity as usize;
         }
-        Ok(Some(projection))
+        Ok(Config { projection: Some(projection), ..model })
     }
 
     /// The shares of the clusters that it draws; `None` if it reads shards in their order.
@@ -181,16 +188,44 @@ impl Pretraining {
         parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("-")
     }
 
-    /// The folder of its training: the name says what it is, the key what it depends on.
-    pub(super) fn folder(&self, plan: &Plan, train: &Train, outputs: &Outputs) -> PathBuf {
+    /// Whether a domain starts from it: a trunk serves through its decays, and one model of a mixture serves those domains whose
+    /// most frequent cluster it was trained on.
+    pub(super) fn serves(&self, domain: &str, proportions: Option<&Proportions>) -> Result<bool> {
+        if self.phase == Phase::Trunk || self.domain.as_ref().is_some_and(|d| d != domain) {
+            return Ok(false);
+        }
+        let Text::Node { level, node } = self.text else { return Ok(true) };
+        Ok(top(&known(proportions)?.histogram(domain, level)?) == node)
+    }
+
+    /// The folders of the models that fine-tuning may start from, once it is trained into `out`: those that a network was projected
+    /// to, or itself.
+    pub(super) fn starts(&self, plan: &Plan, out: &Path) -> Vec<PathBuf> {
+        if !matches!(self.text, Text::Experts { .. }) {
+            return vec![out.to_owned()];
+        }
+        let prefix = format!("{}-", stem(out));
+        let made = std::fs::read_dir(plan.run_dir.join("project")).into_iter().flatten().flatten();
+        made.filter(|e| e.file_name().to_string_lossy().starts_with(&prefix)).map(|e| e.path()).collect()
+    }
+
+    /// The folder of its training: the name says what it is, the key what it depends on. So a new domain leaves alone what others
+    /// are trained on.
+    pub(super) fn folder(
+        &self,
+        plan: &Plan,
+        train: &Train,
+        outputs: &Outputs,
+        proportions: Option<&Proportions>,
+    ) -> Result<PathBuf> {
         let preset = self.preset(train);
         let capacity = train.experts.capacity.filter(|_| matches!(self.text, Text::Experts { .. }));
-        let settings = (preset, train.context, train.tokens, train.schedule, train.precision, capacity);
-        // Proportions come from the histograms and weights, which shards by cluster do not depend on.
-        let weights = outputs.weights.file_name().filter(|_| !matches!(self.text, Text::Shards(_)));
-        let weights = weights.unwrap_or_default().as_encoded_bytes();
+        let settings = json(&(preset, train.context, train.tokens, train.schedule, train.precision, capacity));
+        // Shards by cluster do not depend on the proportions that they are drawn in.
+        let mixture = json(&if proportions.is_some() { self.mixture(proportions)? } else { None });
         let shards = outputs.shards_key_of(self.method).0.to_le_bytes();
-        folder(plan, "train", &self.name(train), &[&shards, &json(&settings), weights, &self.seed.to_le_bytes()])
+        let depends_on = [&shards[..], &settings, &mixture, &self.seed.to_le_bytes()];
+        Ok(folder(plan, "train", &self.name(train), &depends_on))
     }
 }
 
