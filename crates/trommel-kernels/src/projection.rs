@@ -6,7 +6,7 @@
 //! each of its numbers is made where the optimizer needs it.
 //!
 //! ```text
-//!   per step    read T            mix            W_e for each expert
+//!   per step    read T            mix            W_e for all experts
 //!               read T            coefficients   da_(e,r) = <T_r, dW_e>
 //!               read dW           gram           <dW_e, dW_f>, for the norm
 //!               read, write T m v step           dT on the fly
@@ -15,19 +15,26 @@
 use rayon::prelude::*;
 
 use crate::adamw::{CHUNK, Factors, step_chunk};
-use crate::vectorize::vectorized;
+use crate::vectorize::{LANES, fold, vectorized};
 
-/// Writes `sum_r coefficients[r] * basis[r]` to `out` (size), for `basis` (h, size).
-pub fn mix(basis: &[f32], coefficients: &[f32], out: &mut [f32]) {
-    let size = out.len();
-    assert_eq!(basis.len(), coefficients.len() * size);
-    out.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, out)| {
-        out.fill(0.0);
-        let at = chunk * CHUNK..chunk * CHUNK + out.len();
-        for (basis, coefficient) in basis.chunks_exact(size).zip(coefficients) {
-            // A basis that no one uses yet costs nothing.
-            if *coefficient != 0.0 {
-                add_scaled(out, *coefficient, &basis[at.clone()]);
+/// Writes `sum_r coefficients[e][r] * basis[r]` to `out[e]` (size) for each expert `e`, for `basis` (h, size). The basis is read
+/// once for all of them.
+pub fn mix(basis: &[f32], coefficients: &[&[f32]], out: &mut [&mut [f32]]) {
+    let Some(size) = out.first().map(|out| out.len()) else { return };
+    assert!(coefficients.len() == out.len() && coefficients.iter().all(|row| basis.len() == row.len() * size));
+    let mut tasks: Vec<Vec<&mut [f32]>> = (0..size.div_ceil(BLOCK)).map(|_| Vec::with_capacity(out.len())).collect();
+    for out in out.iter_mut() {
+        tasks.iter_mut().zip(out.chunks_mut(BLOCK)).for_each(|(task, block)| task.push(block));
+    }
+    tasks.into_par_iter().enumerate().for_each(|(task, blocks)| {
+        for (coefficients, out) in coefficients.iter().zip(blocks) {
+            out.fill(0.0);
+            let at = task * BLOCK..task * BLOCK + out.len();
+            for (basis, coefficient) in basis.chunks_exact(size).zip(*coefficients) {
+                // A basis that no one uses yet costs nothing.
+                if *coefficient != 0.0 {
+                    add_scaled(out, *coefficient, &basis[at.clone()]);
+                }
             }
         }
     });
@@ -36,15 +43,13 @@ pub fn mix(basis: &[f32], coefficients: &[f32], out: &mut [f32]) {
 /// The gradient of each expert's coefficients, `<basis[r], gradients[e]>` as (experts, h), for `gradients` of `size` each.
 pub fn coefficient_gradients(basis: &[f32], gradients: &[&[f32]]) -> Vec<f32> {
     let Some(size) = gradients.first().map(|g| g.len()) else { return Vec::new() };
-    let capacity = basis.len() / size;
-    let pairs: Vec<(usize, usize)> = (0..gradients.len()).flat_map(|e| (0..capacity).map(move |r| (e, r))).collect();
-    pairs.into_par_iter().map(|(e, r)| product(&basis[r * size..(r + 1) * size], gradients[e]) as f32).collect()
+    let rows: Vec<&[f32]> = basis.chunks_exact(size).collect();
+    products(gradients, &rows).into_iter().map(|product| product as f32).collect()
 }
 
 /// The products of all pairs of `gradients`, as (experts, experts).
 pub fn gram(gradients: &[&[f32]]) -> Vec<f64> {
-    let n = gradients.len();
-    (0..n * n).into_par_iter().map(|i| product(gradients[i / n], gradients[i % n])).collect()
+    products(gradients, gradients)
 }
 
 /// The squared norm of the basis' gradient: `sum_r sum_(e,f) a_(e,r) a_(f,r) <dW_e, dW_f>`.
@@ -82,14 +87,57 @@ pub fn step(basis: &mut [f32], m: &mut [f32], v: &mut [f32], coefficients: &[&[f
     });
 }
 
-/// The product of two vectors: `f32` within 4,096 numbers, `f64` over them, in a fixed order.
-fn product(a: &[f32], b: &[f32]) -> f64 {
-    a.chunks(4096).zip(b.chunks(4096)).map(|(a, b)| f64::from(dot(a, b))).sum()
+/// Numbers of each vector that are multiplied at once: those of all vectors stay in the second cache.
+const BLOCK: usize = 2048;
+/// Blocks whose products one task sums.
+const TASK_BLOCKS: usize = 16;
+
+/// The product of each vector of `left` with each of `right`, as (left, right). Every vector is read once: sums are `f32` within
+/// a block and `f64` over blocks, in a fixed order.
+fn products(left: &[&[f32]], right: &[&[f32]]) -> Vec<f64> {
+    let Some(size) = left.first().map(|vector| vector.len()) else { return Vec::new() };
+    let sums_of = |task: usize| {
+        let mut sums = vec![0.0; left.len() * right.len()];
+        let end = ((task + 1) * TASK_BLOCKS * BLOCK).min(size);
+        for first in (task * TASK_BLOCKS * BLOCK..end).step_by(BLOCK) {
+            let at = first..end.min(first + BLOCK);
+            for (left, sums) in left.iter().zip(sums.chunks_exact_mut(right.len())) {
+                for (right, sums) in right.chunks(4).zip(sums.chunks_mut(4)) {
+                    let four = std::array::from_fn(|i| &right[i.min(right.len() - 1)][at.clone()]);
+                    let found = dots(&left[at.clone()], four);
+                    sums.iter_mut().zip(found).for_each(|(sum, product)| *sum += f64::from(product));
+                }
+            }
+        }
+        sums
+    };
+    let tasks = (0..size.div_ceil(TASK_BLOCKS * BLOCK)).into_par_iter().map(sums_of);
+    let mut total = vec![0.0; left.len() * right.len()];
+    for sums in tasks.collect::<Vec<_>>() {
+        total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
+    }
+    total
 }
 
 vectorized! {
-    fn dot(a: &[f32], b: &[f32]) -> f32 {
-        crate::vectorize::dot(a, b)
+    /// The products of one vector with four.
+    fn dots(a: &[f32], b: [&[f32]; 4]) -> [f32; 4] {
+        let whole = a.len() / LANES * LANES;
+        let mut sums = [[0f32; LANES]; 4];
+        for at in (0..whole).step_by(LANES) {
+            let a = &a[at..at + LANES];
+            for (sums, b) in sums.iter_mut().zip(b) {
+                let b = &b[at..at + LANES];
+                for lane in 0..LANES {
+                    sums[lane] += a[lane] * b[lane];
+                }
+            }
+        }
+        let mut products = sums.map(fold);
+        for (product, b) in products.iter_mut().zip(b) {
+            *product += a[whole..].iter().zip(&b[whole..]).map(|(x, y)| x * y).sum::<f32>();
+        }
+        products
     }
 }
 
@@ -115,11 +163,14 @@ mod tests {
         let coefficients: Vec<&[f32]> = coefficients.iter().map(Vec::as_slice).collect();
         let gradients: Vec<&[f32]> = gradients.iter().map(Vec::as_slice).collect();
 
-        let mut mixed = vec![7.0; size];
-        mix(&basis, coefficients[0], &mut mixed);
-        for i in (0..size).step_by(311).chain([size - 1]) {
-            let expected: f64 = (0..capacity).map(|r| f64::from(coefficients[0][r]) * f64::from(basis[r * size + i])).sum();
-            close(f64::from(mixed[i]), expected, 1e-6);
+        let mut mixed = [vec![7.0; size], vec![7.0; size]];
+        let [first, second] = &mut mixed;
+        mix(&basis, &coefficients, &mut [first, second]);
+        for (mixed, coefficients) in mixed.iter().zip(&coefficients) {
+            for i in (0..size).step_by(311).chain([size - 1]) {
+                let expected: f64 = (0..capacity).map(|r| f64::from(coefficients[r]) * f64::from(basis[r * size + i])).sum();
+                close(f64::from(mixed[i]), expected, 1e-6);
+            }
         }
 
         let mut explicit: Vec<f32> = (0..capacity * size)

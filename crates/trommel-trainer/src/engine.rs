@@ -42,9 +42,41 @@ pub struct Engine {
 #[derive(Debug)]
 enum Place {
     Host(Box<Host>),
-    Projected(Box<Projected>),
-    Adapted(Box<Adapted>),
+    Network(Box<dyn Network>),
     Device(Box<Tape>),
+}
+
+/// Several models in one, on the CPU, whose batches run through the plain model of the expert that is selected.
+pub(crate) trait Network: std::fmt::Debug {
+    /// Announces the experts of a step.
+    fn prepare(&mut self, _experts: &[usize]) {}
+
+    /// Makes the next batches run through expert `i`.
+    fn select(&mut self, i: usize);
+
+    /// The pass over the plain model of the selected expert, and that model.
+    fn native(&mut self) -> (&mut Native, &[f32]);
+
+    /// Adds the gradient of `scale * sum of losses`, and returns the losses.
+    fn accumulate(&mut self, batch: &Batch, scale: f32) -> &[f32];
+
+    /// The Euclidean norm of the gradient that was accumulated.
+    fn gradient_norm(&mut self) -> f64;
+
+    /// The flat gradient that was accumulated.
+    fn gradient(&mut self) -> Vec<f32>;
+
+    /// One step of `AdamW`; then forgets the gradient.
+    fn step(&mut self, factors: Factors);
+
+    /// The flat parameters.
+    fn parameters(&self) -> &[f32];
+
+    /// Both moments of `AdamW`, as long as the parameters, or empty until they are needed.
+    fn moments(&self) -> &[Vec<f32>; 2];
+
+    /// Replaces both moments.
+    fn set_moments(&mut self, moments: [Vec<f32>; 2]);
 }
 
 #[derive(Debug)]
@@ -72,9 +104,9 @@ impl Engine {
         let place = if !device.is_cpu() {
             Place::Device(Box::new(Tape::new(config, &parameters, device, precision).map_err(internal)?))
         } else if let Some(tensors) = Tensors::of(config) {
-            Place::Projected(Box::new(Projected::new(config, tensors, parameters, precision)))
+            Place::Network(Box::new(Projected::new(config, tensors, parameters, precision)))
         } else if let Some(tensors) = lora::Tensors::of(config) {
-            Place::Adapted(Box::new(Adapted::new(config, tensors, parameters, precision)))
+            Place::Network(Box::new(Adapted::new(config, tensors, parameters, precision)))
         } else {
             let empty = Vec::new;
             let native = Native::new(config, precision);
@@ -104,13 +136,19 @@ impl Engine {
         (ACTIVATION_BYTES / (numbers * time * size_of::<f32>())).max(1)
     }
 
+    /// Announces the experts that a step will select: a projected network mixes them together, which is cheaper.
+    pub fn prepare_experts(&mut self, experts: &[usize]) {
+        if let Place::Network(network) = &mut self.place {
+            network.prepare(experts);
+        }
+    }
+
     /// Makes the model of expert `i` of a projected network, which the next batches run through. A plain model is its own
     /// only expert.
     pub fn select_expert(&mut self, i: usize) {
         match &mut self.place {
             Place::Host(_) => {}
-            Place::Projected(projected) => projected.select(i),
-            Place::Adapted(adapted) => adapted.select(i),
+            Place::Network(network) => network.select(i),
             Place::Device(tape) => tape.select_expert(i),
         }
     }
@@ -124,7 +162,7 @@ impl Engine {
             return Err(Error::config(message).hint("train both on shards of the same tokenizer"));
         }
         match &mut self.place {
-            Place::Projected(_) | Place::Adapted(_) => return Err(Error::internal("a network of experts has no teacher")),
+            Place::Network(_) => return Err(Error::internal("a network of experts has no teacher")),
             Place::Host(host) => host.teacher = Some((Native::new(&teacher.config, precision), teacher)),
             Place::Device(tape) => tape.learn_from(&teacher, precision).map_err(internal)?,
         }
@@ -134,12 +172,8 @@ impl Engine {
     /// The negative log-likelihood in nats of each target of `batch`, (sequences, time); zero where there is none.
     pub fn losses(&mut self, batch: &Batch) -> Result<Vec<f32>> {
         match &mut self.place {
-            Place::Projected(projected) => {
-                let (native, model) = projected.native();
-                Ok(native.losses(model, batch).to_vec())
-            }
-            Place::Adapted(adapted) => {
-                let (native, model) = adapted.native();
+            Place::Network(network) => {
+                let (native, model) = network.native();
                 Ok(native.losses(model, batch).to_vec())
             }
             Place::Host(host) => Ok(host.native.losses(&host.parameters, batch).to_vec()),
@@ -150,12 +184,8 @@ impl Engine {
     /// The logits after the last position of each sequence, (sequences, vocab).
     pub fn logits(&mut self, batch: &Batch) -> Result<Vec<f32>> {
         match &mut self.place {
-            Place::Projected(projected) => {
-                let (native, model) = projected.native();
-                Ok(native.logits(model, batch))
-            }
-            Place::Adapted(adapted) => {
-                let (native, model) = adapted.native();
+            Place::Network(network) => {
+                let (native, model) = network.native();
                 Ok(native.logits(model, batch))
             }
             Place::Host(host) => Ok(host.native.logits(&host.parameters, batch)),
@@ -166,8 +196,7 @@ impl Engine {
     /// Adds the gradient of `scale * sum of losses` over a micro-batch, and returns the sum of its losses.
     pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64> {
         match &mut self.place {
-            Place::Projected(projected) => Ok(projected.accumulate(batch, scale).iter().map(|loss| f64::from(*loss)).sum()),
-            Place::Adapted(adapted) => Ok(adapted.accumulate(batch, scale).iter().map(|loss| f64::from(*loss)).sum()),
+            Place::Network(network) => Ok(network.accumulate(batch, scale).iter().map(|loss| f64::from(*loss)).sum()),
             Place::Host(host) => {
                 host.gradient.resize(host.parameters.len(), 0.0);
                 let teacher = host.teacher.as_mut().map(|(native, teacher)| cross_entropy::Teacher {
@@ -190,8 +219,7 @@ impl Engine {
     /// The Euclidean norm of the gradient that was accumulated.
     pub fn gradient_norm(&mut self) -> Result<f64> {
         match &mut self.place {
-            Place::Projected(projected) => Ok(projected.gradient_norm()),
-            Place::Adapted(adapted) => Ok(adapted.gradient_norm()),
+            Place::Network(network) => Ok(network.gradient_norm()),
             Place::Host(host) => Ok(adamw::norm(&host.gradient)),
             Place::Device(tape) => tape.gradient_norm().map_err(internal),
         }
@@ -200,8 +228,7 @@ impl Engine {
     /// The flat gradient that was accumulated.
     pub fn gradient(&mut self) -> Result<Vec<f32>> {
         match &mut self.place {
-            Place::Projected(projected) => Ok(projected.gradient()),
-            Place::Adapted(adapted) => Ok(adapted.gradient()),
+            Place::Network(network) => Ok(network.gradient()),
             Place::Host(host) => Ok(host.gradient.clone()),
             Place::Device(tape) => tape.gradient().map_err(internal),
         }
@@ -222,8 +249,7 @@ impl Engine {
             gradient_scale: if norm > recipe.clip { (recipe.clip / norm) as f32 } else { 1.0 },
         };
         match &mut self.place {
-            Place::Projected(projected) => projected.step(factors),
-            Place::Adapted(adapted) => adapted.step(factors),
+            Place::Network(network) => network.step(factors),
             Place::Host(host) => {
                 let len = host.parameters.len();
                 host.first_moment.resize(len, 0.0);
@@ -251,8 +277,7 @@ impl Engine {
     /// The flat parameters.
     pub fn parameters(&self) -> Result<Vec<f32>> {
         match &self.place {
-            Place::Projected(projected) => Ok(projected.parameters.clone()),
-            Place::Adapted(adapted) => Ok(adapted.parameters.clone()),
+            Place::Network(network) => Ok(network.parameters().to_vec()),
             Place::Host(host) => Ok(host.parameters.clone()),
             Place::Device(tape) => tape.parameters().map_err(internal),
         }
@@ -266,8 +291,7 @@ impl Engine {
             moment
         };
         match &self.place {
-            Place::Projected(projected) => Ok(projected.moments.each_ref().map(whole)),
-            Place::Adapted(adapted) => Ok(adapted.moments.each_ref().map(whole)),
+            Place::Network(network) => Ok(network.moments().each_ref().map(whole)),
             Place::Host(host) => Ok([&host.first_moment, &host.second_moment].map(whole)),
             Place::Device(tape) => tape.moments().map_err(internal),
         }
@@ -277,12 +301,8 @@ impl Engine {
     pub fn set_moments(&mut self, [m, v]: [Vec<f32>; 2]) -> Result<()> {
         assert!(m.len() == self.layout.len() && v.len() == self.layout.len(), "moments of another shape");
         match &mut self.place {
-            Place::Projected(projected) => {
-                projected.moments = [m, v];
-                Ok(())
-            }
-            Place::Adapted(adapted) => {
-                adapted.moments = [m, v];
+            Place::Network(network) => {
+                network.set_moments([m, v]);
                 Ok(())
             }
             Place::Host(host) => {

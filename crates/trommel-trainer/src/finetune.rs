@@ -358,7 +358,8 @@ fn key_of(parameters: &[f32]) -> String {
 impl TeacherPlan {
     fn read(&self, tokenizer: &Path) -> Result<Teacher> {
         let place = self.checkpoint.display();
-        if !(0.0..=1.0).contains(&self.weight) || !(self.temperature > 0.0 && self.temperature.is_finite()) {
+        let temperature = self.temperature > 0.0 && self.temperature.is_finite();
+        if !((0.0..=1.0).contains(&self.weight) && temperature) {
             let (weight, temperature) = (self.weight, self.temperature);
             let message = format!("a teacher of weight {weight} and temperature {temperature}");
             return Err(Error::config(message).hint("the weight is 0 to 1, and the temperature above 0"));

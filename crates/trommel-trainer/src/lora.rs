@@ -18,6 +18,7 @@ use trommel_kernels::matmul::{Matrix, MatrixMut, Target, multiply};
 use trommel_kernels::panels::Precision;
 
 use crate::batch::Batch;
+use crate::engine::Network;
 use crate::model::{Adapters, Config};
 use crate::native::Native;
 use crate::parameters::{Layout, Slot};
@@ -27,11 +28,11 @@ use crate::parameters::{Layout, Slot};
 pub(crate) struct Adapted {
     tensors: Tensors,
     native: Native,
-    pub(crate) parameters: Vec<f32>,   // the model, then the adapters
-    pub(crate) moments: [Vec<f32>; 2], // as long, or empty until they are needed
-    gradient: Vec<f32>,                // as long
-    model: Vec<f32>,                   // of the plain model of `expert`
-    pass: Vec<f32>,                    // the gradient of `model` since it was formed
+    parameters: Vec<f32>,   // the model, then the adapters
+    moments: [Vec<f32>; 2], // as long, or empty until they are needed
+    gradient: Vec<f32>,     // as long
+    model: Vec<f32>,        // of the plain model of `expert`
+    pass: Vec<f32>,         // the gradient of `model` since it was formed
     expert: usize,
     formed: bool,
 }
@@ -114,27 +115,6 @@ impl Adapted {
         }
     }
 
-    /// Makes the next batches run through the adapters of expert `i`.
-    pub(crate) fn select(&mut self, i: usize) {
-        assert!(i < self.tensors.adapters.experts, "expert {i} is beyond the model's");
-        if self.expert != i {
-            self.chain();
-            self.expert = i;
-        }
-    }
-
-    /// The pass over the plain model of the selected expert, and that model.
-    pub(crate) fn native(&mut self) -> (&mut Native, &[f32]) {
-        self.form();
-        (&mut self.native, &self.model)
-    }
-
-    /// Adds the gradient of `scale * sum of losses`, and returns the losses.
-    pub(crate) fn accumulate(&mut self, batch: &Batch, scale: f32) -> &[f32] {
-        self.form();
-        self.native.losses_and_gradient(&self.model, batch, None, scale, &mut self.pass)
-    }
-
     fn form(&mut self) {
         if !self.formed {
             let shares: Vec<f64> = (0..=self.expert).map(|i| f64::from(u8::from(i == self.expert))).collect();
@@ -164,21 +144,39 @@ impl Adapted {
         }
         self.pass.fill(0.0);
     }
+}
 
-    /// The Euclidean norm of the gradient that was accumulated.
-    pub(crate) fn gradient_norm(&mut self) -> f64 {
+impl Network for Adapted {
+    fn select(&mut self, i: usize) {
+        assert!(i < self.tensors.adapters.experts, "expert {i} is beyond the model's");
+        if self.expert != i {
+            self.chain();
+            self.expert = i;
+        }
+    }
+
+    fn native(&mut self) -> (&mut Native, &[f32]) {
+        self.form();
+        (&mut self.native, &self.model)
+    }
+
+    fn accumulate(&mut self, batch: &Batch, scale: f32) -> &[f32] {
+        self.form();
+        self.native.losses_and_gradient(&self.model, batch, None, scale, &mut self.pass)
+    }
+
+    fn gradient_norm(&mut self) -> f64 {
         self.chain();
         adamw::norm(&self.gradient)
     }
 
     /// The flat gradient that was accumulated; zeros for a frozen model.
-    pub(crate) fn gradient(&mut self) -> Vec<f32> {
+    fn gradient(&mut self) -> Vec<f32> {
         self.chain();
         self.gradient.clone()
     }
 
-    /// One step of `AdamW`; then forgets the gradient.
-    pub(crate) fn step(&mut self, factors: Factors) {
+    fn step(&mut self, factors: Factors) {
         self.chain();
         let [m, v] = &mut self.moments;
         m.resize(self.parameters.len(), 0.0);
@@ -190,5 +188,17 @@ impl Adapted {
             let (parameters, gradient) = (&mut self.parameters[at.clone()], &mut self.gradient[at.clone()]);
             adamw::step(parameters, gradient, &mut m[at.clone()], &mut v[at], factors);
         }
+    }
+
+    fn parameters(&self) -> &[f32] {
+        &self.parameters
+    }
+
+    fn moments(&self) -> &[Vec<f32>; 2] {
+        &self.moments
+    }
+
+    fn set_moments(&mut self, moments: [Vec<f32>; 2]) {
+        self.moments = moments;
     }
 }

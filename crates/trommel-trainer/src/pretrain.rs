@@ -149,7 +149,9 @@ pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, i
 
         // Add up the gradient of the step's mean loss, some sequences at a time, expert by expert.
         let mut loss = 0.0;
-        for (expert, batch) in data.deal(sequences, plan.context)? {
+        let dealt = data.deal(sequences, plan.context)?;
+        engine.prepare_experts(&dealt.iter().map(|(expert, _)| *expert).collect::<Vec<_>>());
+        for (expert, batch) in dealt {
             engine.select_expert(expert);
             for batch in batch.parts(micro_batch) {
                 loss += engine.accumulate(&batch, 1.0 / tokens_per_step as f32)? / tokens_per_step as f64;

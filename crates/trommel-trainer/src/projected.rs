@@ -23,6 +23,7 @@ use trommel_kernels::projection as kernel;
 
 use crate::batch::Batch;
 use crate::checkpoint::{self, Model};
+use crate::engine::Network;
 use crate::lora;
 use crate::model::{Config, Projection};
 use crate::native::Native;
@@ -33,13 +34,22 @@ use crate::parameters::{Layout, Slot, mlp_range};
 pub(crate) struct Projected {
     tensors: Tensors,
     native: Native,
-    pub(crate) parameters: Vec<f32>,   // of the network
-    pub(crate) moments: [Vec<f32>; 2], // as long, or empty until they are needed
-    model: Vec<f32>,                   // of the plain model of `expert`
-    gradient: Vec<f32>,                // of the plain model; its MLPs are those of `expert`
+    parameters: Vec<f32>,   // of the network
+    moments: [Vec<f32>; 2], // as long, or empty until they are needed
+    model: Vec<f32>,        // of the plain model of `expert`
+    gradient: Vec<f32>,     // of the plain model; its MLPs are those of `expert`
     expert: Option<usize>,
-    mlp_gradients: Vec<(usize, Vec<f32>)>, // of each expert that the step has seen: (layers, numbers of an MLP)
+    own: Vec<Own>,        // of each expert that the step has seen
+    spare: Vec<Vec<f32>>, // memory of the experts of earlier steps
     mixed: Option<MixedGradients>,
+}
+
+/// What a step holds for one expert: first its MLPs, once it is selected their gradient.
+#[derive(Debug)]
+struct Own {
+    expert: usize,
+    numbers: Vec<f32>, // (layers, numbers of an MLP)
+    selected: bool,
 }
 
 /// Where the tensors of a network lie, and which of them the plain model has too.
@@ -107,12 +117,17 @@ impl Tensors {
 
     /// Writes the plain model that `vector` (m) projects to.
     fn project(&self, parameters: &[f32], vector: &[f32], model: &mut [f32]) {
-        for (slot, range) in &self.shared {
-            model[slot.range.clone()].copy_from_slice(&parameters[range.clone()]);
-        }
+        self.share(parameters, model);
         for (l, layer) in self.layers.iter().enumerate() {
             let alpha = self.coefficients(parameters, l, vector);
-            kernel::mix(&parameters[layer.basis.clone()], &alpha, &mut model[layer.mlp.clone()]);
+            kernel::mix(&parameters[layer.basis.clone()], &[&alpha], &mut [&mut model[layer.mlp.clone()]]);
+        }
+    }
+
+    /// Writes what all experts share.
+    fn share(&self, parameters: &[f32], model: &mut [f32]) {
+        for (slot, range) in &self.shared {
+            model[slot.range.clone()].copy_from_slice(&parameters[range.clone()]);
         }
     }
 }
@@ -172,45 +187,29 @@ impl Projected {
             model: plain.clone(),
             gradient: plain,
             expert: None,
-            mlp_gradients: Vec::new(),
+            own: Vec::new(),
+            spare: Vec::new(),
             mixed: None,
             tensors,
         }
     }
 
-    /// Makes the model of expert `i`, which the next batches run through.
-    pub(crate) fn select(&mut self, i: usize) {
-        assert!(i < self.tensors.projection.experts, "expert {i} is beyond the network's");
-        if self.expert == Some(i) {
-            return;
-        }
-        self.set_gradient_aside();
-        self.tensors.project(&self.parameters, self.tensors.expert(&self.parameters, i), &mut self.model);
-        self.expert = Some(i);
-    }
-
-    /// The pass over the plain model of the selected expert, and that model.
-    pub(crate) fn native(&mut self) -> (&mut Native, &[f32]) {
-        assert!(self.expert.is_some(), "no expert is selected");
-        (&mut self.native, &self.model)
-    }
-
-    /// Adds the gradient of `scale * sum of losses`, and returns the losses.
-    pub(crate) fn accumulate(&mut self, batch: &Batch, scale: f32) -> &[f32] {
-        assert!(self.expert.is_some(), "no expert is selected");
-        self.native.losses_and_gradient(&self.model, batch, None, scale, &mut self.gradient)
+    /// Room for the MLPs of one expert, with anything in it.
+    fn memory(&mut self) -> Vec<f32> {
+        let numbers = self.tensors.layers.iter().map(|layer| layer.mlp.len()).sum();
+        self.spare.pop().unwrap_or_else(|| vec![0.0; numbers])
     }
 
     /// Takes the MLPs' gradient of the expert at hand out of `gradient`.
     fn set_gradient_aside(&mut self) {
         let Some(expert) = self.expert.take() else { return };
-        let found = self.mlp_gradients.iter().position(|(i, _)| *i == expert);
-        let index = found.unwrap_or_else(|| {
-            let numbers = self.tensors.layers.iter().map(|layer| layer.mlp.len()).sum();
-            self.mlp_gradients.push((expert, vec![0.0; numbers]));
-            self.mlp_gradients.len() - 1
+        let index = self.own.iter().position(|own| own.expert == expert).unwrap_or_else(|| {
+            let mut numbers = self.memory();
+            numbers.fill(0.0);
+            self.own.push(Own { expert, numbers, selected: true });
+            self.own.len() - 1
         });
-        let mut rest = self.mlp_gradients[index].1.as_mut_slice();
+        let mut rest = self.own[index].numbers.as_mut_slice();
         for layer in &self.tensors.layers {
             let (sum, after) = rest.split_at_mut(layer.mlp.len());
             let gradient = &mut self.gradient[layer.mlp.clone()];
@@ -223,14 +222,69 @@ impl Projected {
     /// The experts' gradients of one layer's MLP, and their coefficients.
     fn of_layer(&self, layer: usize) -> (Vec<&[f32]>, Vec<Vec<f32>>) {
         let len = self.tensors.layers[layer].mlp.len();
-        let gradients = self.mlp_gradients.iter().map(|(_, all)| &all[layer * len..(layer + 1) * len]).collect();
+        let gradients = self.own.iter().map(|own| &own.numbers[layer * len..(layer + 1) * len]).collect();
         let alpha = |i: usize| self.tensors.coefficients(&self.parameters, layer, self.tensors.expert(&self.parameters, i));
-        (gradients, self.mlp_gradients.iter().map(|(i, _)| alpha(*i)).collect())
+        (gradients, self.own.iter().map(|own| alpha(own.expert)).collect())
+    }
+}
+
+impl Network for Projected {
+    /// Mixes the MLPs of the experts of a step together, which reads the basis once. [`Projected::select`] does without.
+    fn prepare(&mut self, experts: &[usize]) {
+        let first = self.own.len();
+        for &expert in experts {
+            if self.expert != Some(expert) && !self.own.iter().any(|own| own.expert == expert) {
+                let numbers = self.memory();
+                self.own.push(Own { expert, numbers, selected: false });
+            }
+        }
+        for (l, layer) in self.tensors.layers.iter().enumerate() {
+            let len = layer.mlp.len();
+            let of =
+                |own: &Own| self.tensors.coefficients(&self.parameters, l, self.tensors.expert(&self.parameters, own.expert));
+            let alphas: Vec<Vec<f32>> = self.own[first..].iter().map(of).collect();
+            let alphas: Vec<&[f32]> = alphas.iter().map(Vec::as_slice).collect();
+            let mut mlps: Vec<&mut [f32]> =
+                self.own[first..].iter_mut().map(|own| &mut own.numbers[l * len..(l + 1) * len]).collect();
+            kernel::mix(&self.parameters[layer.basis.clone()], &alphas, &mut mlps);
+        }
+    }
+
+    fn select(&mut self, i: usize) {
+        assert!(i < self.tensors.projection.experts, "expert {i} is beyond the network's");
+        if self.expert == Some(i) {
+            return;
+        }
+        self.set_gradient_aside();
+        self.expert = Some(i);
+        match self.own.iter_mut().find(|own| own.expert == i && !own.selected) {
+            Some(own) => {
+                self.tensors.share(&self.parameters, &mut self.model);
+                let mlps = own.numbers.chunks_exact(own.numbers.len() / self.tensors.layers.len());
+                for (layer, mlp) in self.tensors.layers.iter().zip(mlps) {
+                    self.model[layer.mlp.clone()].copy_from_slice(mlp);
+                }
+                own.numbers.fill(0.0);
+                own.selected = true;
+            }
+            None => self.tensors.project(&self.parameters, self.tensors.expert(&self.parameters, i), &mut self.model),
+        }
+    }
+
+    fn native(&mut self) -> (&mut Native, &[f32]) {
+        assert!(self.expert.is_some(), "no expert is selected");
+        (&mut self.native, &self.model)
+    }
+
+    fn accumulate(&mut self, batch: &Batch, scale: f32) -> &[f32] {
+        assert!(self.expert.is_some(), "no expert is selected");
+        self.native.losses_and_gradient(&self.model, batch, None, scale, &mut self.gradient)
     }
 
     /// The Euclidean norm of the gradient that was accumulated. Applies the chain rule to what mixes the experts.
-    pub(crate) fn gradient_norm(&mut self) -> f64 {
+    fn gradient_norm(&mut self) -> f64 {
         self.set_gradient_aside();
+        self.own.retain(|own| own.selected);
         let Projection { expert_size, capacity, frozen, .. } = self.tensors.projection;
         let mut squares = adamw::norm(&self.gradient).powi(2);
         let mut mixed = MixedGradients { mixing: Vec::new(), experts: vec![0.0; self.tensors.experts.len()] };
@@ -244,8 +298,8 @@ impl Projected {
             let slopes = kernel::coefficient_gradients(&self.parameters[layer.basis.clone()], &gradients);
             let mixing = &self.parameters[layer.mixing.clone()];
             let mut mixing_gradient = vec![0.0; mixing.len()];
-            for ((i, _), slopes) in self.mlp_gradients.iter().zip(slopes.chunks_exact(capacity)) {
-                let expert = self.tensors.expert(&self.parameters, *i);
+            for (i, slopes) in self.own.iter().map(|own| own.expert).zip(slopes.chunks_exact(capacity)) {
+                let expert = self.tensors.expert(&self.parameters, i);
                 let own = &mut mixed.experts[i * expert_size..(i + 1) * expert_size];
                 let rows = mixing.chunks_exact(capacity).zip(mixing_gradient.chunks_exact_mut(capacity));
                 for (((mixing, gradient), weight), own) in rows.zip(expert).zip(own) {
@@ -261,7 +315,7 @@ impl Projected {
     }
 
     /// The flat gradient that was accumulated; forms that of the basis, which training never does.
-    pub(crate) fn gradient(&mut self) -> Vec<f32> {
+    fn gradient(&mut self) -> Vec<f32> {
         self.gradient_norm();
         let mut flat = vec![0.0; self.parameters.len()];
         for (slot, range) in &self.tensors.shared {
@@ -284,8 +338,7 @@ impl Projected {
         flat
     }
 
-    /// One step of `AdamW`; then forgets the gradient. Follows [`Projected::gradient_norm`].
-    pub(crate) fn step(&mut self, factors: Factors) {
+    fn step(&mut self, factors: Factors) {
         if self.mixed.is_none() {
             self.gradient_norm();
         }
@@ -309,7 +362,7 @@ impl Projected {
             } else if slot.is_basis() {
                 let Some((l, alphas)) = layers.next() else { continue };
                 let len = self.tensors.layers[l].mlp.len();
-                let gradients: Vec<&[f32]> = self.mlp_gradients.iter().map(|(_, all)| &all[l * len..(l + 1) * len]).collect();
+                let gradients: Vec<&[f32]> = self.own.iter().map(|own| &own.numbers[l * len..(l + 1) * len]).collect();
                 let alphas: Vec<&[f32]> = alphas.iter().map(Vec::as_slice).collect();
                 kernel::step(parameters, m, v, &alphas, &gradients, factors);
             } else if !self.tensors.projection.frozen
@@ -319,6 +372,18 @@ impl Projected {
             }
         }
         // The steps have left zeros in `gradient`, where the MLPs' were set aside before.
-        self.mlp_gradients.clear();
+        self.spare.extend(self.own.drain(..).map(|own| own.numbers));
+    }
+
+    fn parameters(&self) -> &[f32] {
+        &self.parameters
+    }
+
+    fn moments(&self) -> &[Vec<f32>; 2] {
+        &self.moments
+    }
+
+    fn set_moments(&mut self, moments: [Vec<f32>; 2]) {
+        self.moments = moments;
     }
 }

@@ -129,6 +129,7 @@ fn train(
         let mut loss = 0.0;
         for _ in 0..steps {
             loss = 0.0;
+            engine.prepare_experts(&(0..parts.len()).collect::<Vec<_>>());
             for (expert, part) in parts.iter().enumerate() {
                 engine.select_expert(expert);
                 for batch in part.parts(micro_batch) {

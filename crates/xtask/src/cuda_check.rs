@@ -36,7 +36,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     let toolkit = toolkit(&site)?;
     link_libraries(&toolkit)?;
     let path = format!("{}:{}", toolkit.join("bin").display(), std::env::var("PATH").unwrap_or_default());
-    let mut check = Command::new(env!("CARGO"));
+    let mut check = Command::new("cargo");
     check
         .args(["check", "--release", "--workspace", "--features", "trommel/cuda", "--target-dir", "target/cuda"])
         .current_dir(root())
