@@ -3,7 +3,7 @@
 use crate::bench::Bench;
 
 /// Table and columns of the contract, in `DESIGN.md`.
-const CONTRACT: [(&str, &str); 9] = [
+const CONTRACT: [(&str, &str); 10] = [
     ("corpus", "text, file, \"row\""),
     ("domains", "text, file, \"row\", domain, split"),
     ("assignments", "document, window, file, \"row\", byte_start, byte_len, cluster_id, distance, source"),
@@ -13,6 +13,11 @@ const CONTRACT: [(&str, &str); 9] = [
     (
         "diagnostics",
         "domain, kl_before, kl_after, ess, ess_share, lost_mass, repeat_share, max_epochs, entropy, top_cluster_share",
+    ),
+    (
+        "results",
+        "domain, method, variant, seed, stage, perplexity, stderr, bits_per_byte, train_tokens, seconds, flops, generic_tokens, \
+         generic_seconds, generic_flops",
     ),
     ("shards", "domain, shard, path, rows, tokens, bytes, checksum"),
     ("rejects", "file, \"row\", stage, reason"),

@@ -22,12 +22,16 @@ use crate::documents::{Origin, documents_table};
 use crate::engine::{Engine, query_error};
 use crate::outputs::Outputs;
 use crate::resample::diagnostics_schema;
+use crate::results;
 
 const FILE: &str = "catalog.json";
 
 /// The files of a run directory by table. Paths of outputs are relative to the directory, so that it can be moved.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Catalog {
+    /// The run's.
+    #[serde(default)]
+    name: String,
     tables: BTreeMap<String, Vec<PathBuf>>,
     documents: Vec<Origin>,
     shards: Vec<PathBuf>,
@@ -35,7 +39,7 @@ struct Catalog {
 
 /// Writes the catalog of what is there.
 pub fn write(plan: &Plan, outputs: &Outputs) -> Result<()> {
-    let mut catalog = Catalog::default();
+    let mut catalog = Catalog { name: plan.spec.name.clone(), ..Catalog::default() };
     let relative = |path: &Path| path.strip_prefix(&plan.run_dir).unwrap_or(path).to_owned();
     let mut add = |table: &str, path: &Path| {
         if path.exists() {
@@ -57,6 +61,7 @@ pub fn write(plan: &Plan, outputs: &Outputs) -> Result<()> {
     add("weigh", &outputs.weights);
     add("rates", &outputs.rates);
     add("diagnostics", &outputs.diagnostics);
+    add("results", &outputs.results);
     if let Some(dsir) = &outputs.dsir {
         for unit in &dsir.units {
             unit.scores.iter().for_each(|scores| add("dsir_scores", scores));
@@ -84,16 +89,24 @@ pub fn write(plan: &Plan, outputs: &Outputs) -> Result<()> {
     write_bytes(&plan.run_dir.join(FILE), &text)
 }
 
-/// Registers every table of a run directory. A table whose stage has not run is empty or, where its columns depend on
-/// the run, absent.
-pub async fn register(session: &SessionContext, run_dir: &Path) -> Result<()> {
+fn read(run_dir: &Path) -> Result<Catalog> {
     let path = run_dir.join(FILE);
     let text = std::fs::read(&path).map_err(|e| {
         let error = Error::config("not a run directory").file(run_dir.display()).source(e);
         error.hint("name a directory that `trommel run` has made, such as `runs/NAME`")
     })?;
-    let catalog: Catalog =
-        serde_json::from_slice(&text).map_err(|e| Error::data("the catalog is damaged").file(path.display()).source(e))?;
+    serde_json::from_slice(&text).map_err(|e| Error::data("the catalog is damaged").file(path.display()).source(e))
+}
+
+/// The name of the run in a directory.
+pub fn name(run_dir: &Path) -> Result<String> {
+    Ok(read(run_dir)?.name)
+}
+
+/// Registers every table of a run directory. A table whose stage has not run is empty or, where its columns depend on
+/// the run, absent.
+pub async fn register(session: &SessionContext, run_dir: &Path) -> Result<()> {
+    let catalog = read(run_dir)?;
     let at = |path: &Path| run_dir.join(path);
     for (table, files) in &catalog.tables {
         let paths: Vec<String> = files.iter().map(|f| at(f).display().to_string()).collect();
@@ -110,7 +123,7 @@ pub async fn register(session: &SessionContext, run_dir: &Path) -> Result<()> {
         number("mean_distance"),
         Field::new("top_terms", DataType::new_list(DataType::Utf8, true), true),
     ]);
-    let defaults: [(&str, SchemaRef); 8] = [
+    let defaults: [(&str, SchemaRef); 9] = [
         ("windows", windows()),
         ("assignments", assignments()),
         ("rejects", rejects()),
@@ -119,6 +132,7 @@ pub async fn register(session: &SessionContext, run_dir: &Path) -> Result<()> {
         ("weigh", numbers(&["p_domain", "p_corpus", "weight"])),
         ("rates", numbers(&["rate", "epochs", "expected_draws", "wanted_draws"])),
         ("diagnostics", diagnostics_schema()),
+        ("results", results::batch(&[])?.schema()),
     ];
     for (table, schema) in defaults {
         if !catalog.tables.contains_key(table) {

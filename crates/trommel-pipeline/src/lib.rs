@@ -31,6 +31,8 @@ pub mod dsir;
 pub mod shard;
 /// The tables `corpus` and `domains`.
 pub mod documents;
+/// What the models that were trained on the shards reached.
+pub mod results;
 /// Every table of a run directory, for SQL.
 pub mod catalog;
 /// In which proportions a training draws clusters.

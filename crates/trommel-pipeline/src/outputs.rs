@@ -87,6 +87,8 @@ pub struct Outputs {
     pub shards: Vec<(String, PathBuf)>,
     /// The key of everything that the shards depend on; what is trained on them is named with it.
     pub shards_key: Key,
+    /// What the compared models reached.
+    pub results: PathBuf,
     /// What the method `dsir` makes, if it is wanted.
     pub dsir: Option<Box<Dsir>>,
 }
@@ -166,6 +168,10 @@ impl Outputs {
             }
         };
 
+        let test_files = plan.domains.iter().flat_map(|d| &d.test).flat_map(|test| &test.files);
+        let tests = test_files.map(|file| Ok(fingerprint(file)?.1.to_string())).collect::<Result<Vec<_>>>()?;
+        let results_settings = json(&(shards_key.to_string(), &spec.train, &spec.finetune, tests))?;
+
         let path = |stage: &str, name: &str, key: Key| plan.run_dir.join(stage).join(format!("{name}-{}.parquet", key.short()));
         let units = inputs.iter().map(|input| {
             let name = &input.source.name;
@@ -194,6 +200,7 @@ impl Outputs {
             diagnostics: path("resample", "diagnostics", resample),
             shards: drawn.iter().map(|s| (s.clone(), plan.run_dir.join("shards").join(s))).collect(),
             shards_key,
+            results: path("eval", "results", after("results", resample, &results_settings)),
             dsir: None,
         };
         if plan.spec.train.as_ref().is_some_and(|t| t.methods.contains(&Method::Dsir)) {

@@ -44,6 +44,8 @@ pub mod parameters;
 pub mod pretrain;
 /// The projected network.
 pub mod projected;
+/// How far apart the experts of a projected network have grown.
+pub mod spectrum;
 /// How a model is trained, as functions of model size and token budget.
 pub mod recipe;
 /// What a pretraining reads.

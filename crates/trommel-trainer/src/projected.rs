@@ -115,6 +115,18 @@ impl Tensors {
         alpha
     }
 
+    /// `alpha` of every expert in one layer, (k, h).
+    pub(crate) fn alpha(&self, parameters: &[f32], layer: usize) -> Vec<Vec<f32>> {
+        let of = |i: usize| self.coefficients(parameters, layer, self.expert(parameters, i));
+        (0..self.projection.experts).map(of).collect()
+    }
+
+    /// The basis `T` of one layer, (h, numbers of an MLP).
+    pub(crate) fn basis<'a>(&self, parameters: &'a [f32], layer: usize) -> Vec<&'a [f32]> {
+        let layer = &self.layers[layer];
+        parameters[layer.basis.clone()].chunks_exact(layer.mlp.len()).collect()
+    }
+
     /// Writes the plain model that `vector` (m) projects to.
     fn project(&self, parameters: &[f32], vector: &[f32], model: &mut [f32]) {
         self.share(parameters, model);
@@ -167,13 +179,6 @@ pub fn write(checkpoint: &Path, shares: &[f64], folder: &Path) -> Result<()> {
     let model = Model { config: network.config.plain(), end_of_text: network.end_of_text, parameters };
     let state = serde_json::json!({ "projected_from": checkpoint, "shares": shares });
     checkpoint::save(folder, &model, &checkpoint::tokenizer(checkpoint), None, &state)
-}
-
-/// `alpha` of every layer and expert, (layers, k, h).
-pub fn coefficients(config: &Config, parameters: &[f32]) -> Result<Vec<Vec<Vec<f32>>>> {
-    let tensors = Tensors::of(config).ok_or_else(|| Error::config("the checkpoint is not a projected network"))?;
-    let of = |layer: usize, i: usize| tensors.coefficients(parameters, layer, tensors.expert(parameters, i));
-    Ok((0..config.layers).map(|layer| (0..tensors.projection.experts).map(|i| of(layer, i)).collect()).collect())
 }
 
 impl Projected {

@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Plan(PlanArguments),
     /// Query the tables of a run; without -c, at a prompt.
     Sql(SqlArguments),
+    /// Write what a run has found, with tables and charts, as one HTML file.
+    Report(ReportArguments),
     /// Pretrain a model on a folder of shards.
     Train(TrainArguments),
     /// Fine-tune a checkpoint on the documents of a domain.
@@ -131,6 +133,16 @@ pub(crate) enum Format {
     Csv,
     Json,
     Parquet,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReportArguments {
+    /// The run directory.
+    #[arg(value_name = "RUN_DIR")]
+    pub(crate) run: PathBuf,
+    /// The file to write, in place of the one before [default: RUN_DIR/report.html].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

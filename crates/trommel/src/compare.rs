@@ -6,7 +6,7 @@
 
 /// How a projected network, or a mixture of models, becomes one small model for a domain.
 pub(crate) mod choose;
-/// The figures, as rows and as a table.
+/// The figures, averaged and as a table.
 pub(crate) mod outcome;
 /// Which models a plan pretrains, on which text.
 mod pretrainings;
@@ -28,6 +28,7 @@ use trommel_core::storage::write_bytes;
 use trommel_kernels::panels;
 use trommel_pipeline::outputs::Outputs;
 use trommel_pipeline::proportions::Proportions;
+use trommel_pipeline::results::{self, Cost, Outcome};
 use trommel_pipeline::run::{StageReport, load_embedder};
 use trommel_pipeline::source::read_texts;
 use trommel_spec::pipeline::{Method, Precision, Schedule, ShardBy, Train};
@@ -40,7 +41,6 @@ use trommel_trainer::pretrain::{Part, PretrainPlan, pretrain};
 use trommel_trainer::recipe::{self, Recipe};
 
 use crate::args::Until;
-use crate::compare::outcome::{Cost, Outcome};
 use crate::compare::pretrainings::{Phase, Pretraining, Text, pretrainings};
 use crate::compare::tune::{Tuning, adaptations, distillations};
 
@@ -84,10 +84,15 @@ pub(crate) struct Comparison<'a> {
     pub(crate) interrupt: &'a Interrupt,
 }
 
-/// What every kind of training keeps of its progress.
-#[derive(Deserialize)]
-struct State {
-    finished: bool,
+/// Whether the training in the folder `out` is finished.
+pub(crate) fn is_finished(out: &Path) -> Result<bool> {
+    /// What every kind of training keeps of its progress.
+    #[derive(Deserialize)]
+    struct State {
+        finished: bool,
+    }
+    let state: Option<State> = checkpoint::read_state(&out.join(checkpoint::FOLDER))?;
+    Ok(state.is_some_and(|s| s.finished))
 }
 
 /// The state of the stages that follow the shards: what a run would find done. Which projections of a network a domain starts from
@@ -103,14 +108,10 @@ pub(crate) fn survey(plan: &Plan) -> Result<Vec<StageReport>> {
     };
     let proportions = Proportions::read(&plan.run_dir).ok().filter(|p| by_cluster && of_plan(p));
     let domains = plan.domains.iter().map(|d| documents(plan, d, &Silent)).collect::<Result<Vec<_>>>()?;
-    let whole = |out: &Path| -> Result<bool> {
-        let state: Option<State> = checkpoint::read_state(&out.join(checkpoint::FOLDER))?;
-        Ok(state.is_some_and(|s| s.finished))
-    };
     let mut models = Vec::new();
     for what in pretrainings(plan, train, proportions.as_ref())? {
         let out = what.folder(plan, train, &outputs, proportions.as_ref())?;
-        if !whole(&out)? {
+        if !is_finished(&out)? {
             let report = |stage: &str| StageReport { stage: stage.to_owned(), ..StageReport::default() };
             return Ok(["train", "finetune", "eval"].map(report).into());
         }
@@ -134,7 +135,7 @@ pub(crate) fn survey(plan: &Plan) -> Result<Vec<StageReport>> {
             let mut done = Vec::new();
             for start in starts.drain(..) {
                 let model = folder(&Tuning::of(&start, what.seed, finetune));
-                if whole(&model)? {
+                if is_finished(&model)? {
                     done.push(measured("pretrained", &start) && measured("finetuned", &model));
                 }
             }
@@ -153,7 +154,7 @@ pub(crate) fn survey(plan: &Plan) -> Result<Vec<StageReport>> {
             }
         }
         for model in trainings {
-            tuned &= whole(&model)?;
+            tuned &= is_finished(&model)?;
             evaluated &= measured("finetuned", &model);
         }
     }
@@ -193,6 +194,7 @@ impl Comparison<'_> {
             })?;
             reports.push(report);
             outcomes = found;
+            results::write(self.plan, self.outputs, &outcomes)?;
         }
         Ok((reports, outcomes))
     }
@@ -310,10 +312,10 @@ impl Comparison<'_> {
         let found = self.evaluation(candidate, domain, train.context as usize, cached)?;
         Ok(Outcome {
             domain: domain.name.clone(),
-            method: candidate.method.name(),
+            method: candidate.method.name().to_owned(),
             variant: candidate.variant.clone(),
             seed: candidate.seed,
-            stage: candidate.stage,
+            stage: candidate.stage.to_owned(),
             perplexity: found.perplexity,
             stderr: found.stderr,
             bits_per_byte: found.bits_per_byte,

@@ -10,6 +10,8 @@ mod pipeline;
 mod progress;
 /// `trommel project`.
 mod project;
+/// `trommel report`.
+mod report;
 /// `trommel sql`.
 mod sql;
 /// Figures as tables.
@@ -44,7 +46,7 @@ fn main() -> ExitCode {
     let result = handler.map_err(anyhow::Error::from).and_then(|()| dispatch(arguments, interrupt));
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => report(&error),
+        Err(error) => print_error(&error),
     }
 }
 
@@ -57,6 +59,7 @@ fn dispatch(arguments: Arguments, interrupt: Interrupt) -> anyhow::Result<()> {
         Command::Check(check) => pipeline::check(&check),
         Command::Plan(plan) => pipeline::plan(&plan),
         Command::Sql(query) => sql::run(&query),
+        Command::Report(report) => report::run(&report),
         Command::Train(train) => training::train(&train, &interrupt),
         Command::Finetune(finetune) => training::finetune(&finetune, &interrupt),
         Command::Project(project) => project::run(&project, &interrupt),
@@ -69,7 +72,7 @@ fn dispatch(arguments: Arguments, interrupt: Interrupt) -> anyhow::Result<()> {
 }
 
 /// Prints an error, or every mistake of a pipeline file, and gives the promised exit code.
-fn report(error: &anyhow::Error) -> ExitCode {
+fn print_error(error: &anyhow::Error) -> ExitCode {
     if let Some(pipeline::Mistakes(mistakes)) = error.downcast_ref() {
         mistakes.iter().for_each(|mistake| eprintln!("error: {mistake}\n"));
         return ExitCode::from(mistakes.iter().map(Error::exit_code).max().unwrap_or(2));

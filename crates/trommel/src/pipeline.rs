@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use trommel_core::error::Error;
 use trommel_core::progress::Interrupt;
+use trommel_pipeline::results::Outcome;
 use trommel_pipeline::run::{Run, Stage, StageReport, survey};
 use trommel_spec::pipeline::Pipeline;
 use trommel_spec::plan::{self, Plan};
@@ -17,7 +18,7 @@ use trommel_trainer::{device, model};
 
 use crate::args::{PipelineArguments, PlanArguments, RunArguments, SchemaArguments, SchemaKind, Until};
 use crate::compare::Comparison;
-use crate::compare::outcome::{Outcome, result_table};
+use crate::compare::outcome::result_table;
 use crate::progress;
 use crate::table::{bytes, known, table};
 

@@ -1,7 +1,7 @@
 //! `trommel sql`: one query, or a prompt.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use datafusion::arrow::array::RecordBatch;
@@ -12,24 +12,61 @@ use datafusion::parquet::arrow::ArrowWriter;
 use datafusion::prelude::{SessionConfig, SessionContext};
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
+use serde::de::DeserializeOwned;
+use tokio::runtime::Runtime;
+use trommel_core::error::Error;
 use trommel_pipeline::{catalog, engine};
 
 use crate::args::{Format, SqlArguments};
+
+/// The tables of a run directory.
+pub(crate) struct Tables {
+    runtime: Runtime,
+    session: SessionContext,
+}
+
+impl Tables {
+    /// Opens them.
+    pub(crate) fn open(run_dir: &Path) -> anyhow::Result<Tables> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        let session = SessionContext::new_with_config(SessionConfig::new().with_information_schema(true));
+        runtime.block_on(catalog::register(&session, run_dir))?;
+        Ok(Tables { runtime, session })
+    }
+
+    /// Whether there is a table of this name.
+    pub(crate) fn has(&self, table: &str) -> bool {
+        self.session.table_exist(table).unwrap_or(false)
+    }
+
+    fn query(&self, sql: &str) -> anyhow::Result<Vec<RecordBatch>> {
+        let rows = self.runtime.block_on(async { self.session.sql(sql).await?.collect().await });
+        Ok(rows.map_err(engine::query_error)?)
+    }
+
+    /// The rows of a query, for results that are small.
+    pub(crate) fn rows<T: DeserializeOwned>(&self, sql: &str) -> anyhow::Result<Vec<T>> {
+        let rows = json(&self.query(sql)?)?;
+        Ok(serde_json::from_slice(&rows).map_err(|e| Error::internal("a table has other columns").source(e))?)
+    }
+}
+
+/// Rows as a list of JSON objects.
+fn json(rows: &[RecordBatch]) -> anyhow::Result<Vec<u8>> {
+    let mut writer = ArrayWriter::new(Vec::new());
+    writer.write_batches(&rows.iter().collect::<Vec<_>>())?;
+    writer.finish()?;
+    Ok(writer.into_inner())
+}
 
 /// Runs the command.
 pub(crate) fn run(arguments: &SqlArguments) -> anyhow::Result<()> {
     let run_dir: PathBuf =
         if arguments.run.is_file() { crate::pipeline::load(&arguments.run, &[], None)?.run_dir } else { arguments.run.clone() };
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let session = SessionContext::new_with_config(SessionConfig::new().with_information_schema(true));
-    runtime.block_on(catalog::register(&session, &run_dir))?;
-    let query = |sql: &str| -> anyhow::Result<Vec<RecordBatch>> {
-        let rows = runtime.block_on(async { session.sql(sql).await?.collect().await });
-        Ok(rows.map_err(engine::query_error)?)
-    };
+    let tables = Tables::open(&run_dir)?;
     match &arguments.query {
-        Some(sql) => print(&query(sql)?, arguments.format),
-        None => prompt(arguments.format, query),
+        Some(sql) => print(&tables.query(sql)?, arguments.format),
+        None => prompt(arguments.format, &tables),
     }
 }
 
@@ -44,9 +81,7 @@ fn print(rows: &[RecordBatch], format: Format) -> anyhow::Result<()> {
                 .context("CSV holds plain columns only: select a list or a struct part by part")?;
         }
         Format::Json => {
-            let mut writer = ArrayWriter::new(&mut out);
-            writer.write_batches(&rows.iter().collect::<Vec<_>>())?;
-            writer.finish()?;
+            out.write_all(&json(rows)?)?;
             writeln!(out)?;
         }
         Format::Parquet => {
@@ -59,7 +94,7 @@ fn print(rows: &[RecordBatch], format: Format) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn prompt(format: Format, query: impl Fn(&str) -> anyhow::Result<Vec<RecordBatch>>) -> anyhow::Result<()> {
+fn prompt(format: Format, tables: &Tables) -> anyhow::Result<()> {
     eprintln!("End a query with `;`. `SHOW TABLES;` lists the tables; Ctrl-D leaves.");
     let mut editor = DefaultEditor::new()?;
     let mut text = String::new();
@@ -80,7 +115,7 @@ fn prompt(format: Format, query: impl Fn(&str) -> anyhow::Result<Vec<RecordBatch
             text.clear();
         } else if let Some(sql) = text.trim().strip_suffix(';') {
             editor.add_history_entry(text.trim())?;
-            if let Err(error) = query(sql).and_then(|rows| print(&rows, format)) {
+            if let Err(error) = tables.query(sql).and_then(|rows| print(&rows, format)) {
                 eprintln!("error: {error:#}");
             }
             text.clear();

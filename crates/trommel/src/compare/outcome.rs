@@ -1,137 +1,162 @@
-//! The figures of the comparison, as rows and as a table.
+//! The figures of the comparison: averaged over seeds and domains, and as a table.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
-use serde::Serialize;
+use trommel_pipeline::results::{Cost, Outcome};
 
 use crate::table::table;
 
-/// One row of the comparison. A contract.
-#[derive(Debug, Clone, Serialize)]
-pub(crate) struct Outcome {
-    pub(super) domain: String,
-    pub(super) method: &'static str,
-    /// What tells models of one method apart, such as `level-2 mixture`; left out if there is one only.
-    #[serde(skip_serializing_if = "String::is_empty")]
-    pub(super) variant: String,
-    pub(super) seed: u64,
-    pub(super) stage: &'static str,
-    pub(super) perplexity: f64,
-    pub(super) stderr: f64,
-    pub(super) bits_per_byte: f64,
-    pub(super) train_tokens: u64,
-    pub(super) seconds: f64,
-    pub(super) flops: f64,
-    /// The part of the cost that all domains share, and is paid once. [PE eq. 1]
-    pub(super) generic: Cost,
-}
-
-/// What a model took to train.
-#[derive(Debug, Clone, Copy, Default, Serialize)]
-pub(crate) struct Cost {
-    pub(super) tokens: u64,
-    pub(super) seconds: f64,
-    pub(super) flops: f64,
-}
-
-impl std::ops::Add for Cost {
-    type Output = Cost;
-
-    fn add(self, other: Cost) -> Cost {
-        let (tokens, seconds) = (self.tokens + other.tokens, self.seconds + other.seconds);
-        Cost { tokens, seconds, flops: self.flops + other.flops }
-    }
-}
-
-fn meaning(method: &str) -> &str {
+/// What a method does, in a word.
+pub(crate) fn meaning(method: &str) -> &str {
     match method {
-        "slm" => "slm (generic)",
-        "slm-is" => "slm-is (resampled)",
-        "slm-nopt" => "slm-nopt (domain only)",
-        "slm-pn" => "slm-pn (projected)",
-        "slm-mix" => "slm-mix (one per cluster)",
-        "dsir" => "dsir (resampled by DSIR)",
-        "llm" => "llm (larger)",
-        "lora" => "lora (adapters)",
-        "lora-mix" => "lora-mix (adapters per cluster)",
-        "slm-d" => "slm-d (taught by llm)",
-        other => other,
+        "slm" => "generic",
+        "slm-is" => "resampled",
+        "slm-nopt" => "domain only",
+        "slm-pn" => "projected",
+        "slm-mix" => "one per cluster",
+        "trunk-decay" => "decay resampled",
+        "dsir" => "resampled by DSIR",
+        "llm" => "larger",
+        "lora" => "adapters",
+        "lora-mix" => "adapters per cluster",
+        "slm-d" => "taught by llm",
+        _ => "",
     }
 }
 
-/// Mean and, for several seeds, the standard deviation over them.
-fn spread(values: &[f64]) -> (f64, f64) {
-    let n = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / n;
-    let squares: f64 = values.iter().map(|x| (x - mean).powi(2)).sum();
-    (mean, if values.len() > 1 { (squares / (n - 1.0)).sqrt() } else { 0.0 })
+/// A mean and what it is uncertain by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Figure {
+    pub(crate) mean: f64,
+    /// The standard deviation over seeds; with one seed, the standard error over the documents of one domain.
+    pub(crate) error: Option<f64>,
+}
+
+impl Figure {
+    fn over_seeds(values: &[f64]) -> Figure {
+        let n = values.len() as f64;
+        let mean = mean(values.iter().copied());
+        let squares: f64 = values.iter().map(|x| (x - mean).powi(2)).sum();
+        Figure { mean, error: (values.len() > 1).then(|| (squares / (n - 1.0)).sqrt()) }
+    }
+}
+
+impl fmt::Display for Figure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.2}", self.mean)?;
+        self.error.map_or(Ok(()), |error| write!(f, " ± {error:.2}"))
+    }
+}
+
+/// Models that differ in their seeds only, on one domain or on all of them.
+#[derive(Debug, Clone)]
+pub(crate) struct Summary {
+    pub(crate) method: String,
+    pub(crate) variant: String,
+    /// Perplexity before and after tuning; over several domains, `exp` of the mean of the loss per token.
+    pub(crate) before: Option<Figure>,
+    pub(crate) after: Option<Figure>,
+    pub(crate) bits_per_byte: f64,
+    /// Means over seeds and domains: all of the cost, and the part of it that all domains share.
+    pub(crate) cost: Cost,
+    pub(crate) generic: Cost,
+}
+
+impl Summary {
+    /// That of the outcomes of one method and variant. A seed counts if it is there for each of `domains`.
+    fn of(found: &[&Outcome], domains: usize) -> Summary {
+        let stage = |stage: &str| -> Vec<&Outcome> { found.iter().copied().filter(|o| o.stage == stage).collect() };
+        let (before, after) = (stage("pretrained"), stage("finetuned"));
+        let last = if after.is_empty() { &before } else { &after };
+        let costs = |get: fn(&Outcome) -> Cost| {
+            let mean = |part: fn(Cost) -> f64| mean(last.iter().map(|o| part(get(o))));
+            Cost { tokens: mean(|c| c.tokens as f64) as u64, seconds: mean(|c| c.seconds), flops: mean(|c| c.flops) }
+        };
+        Summary {
+            method: found[0].method.clone(),
+            variant: found[0].variant.clone(),
+            before: perplexity(&before, domains),
+            after: perplexity(&after, domains),
+            bits_per_byte: mean(last.iter().map(|o| o.bits_per_byte)),
+            cost: costs(|o| Cost { tokens: o.train_tokens, seconds: o.seconds, flops: o.flops }),
+            generic: costs(|o| o.generic),
+        }
+    }
+
+    /// Method and variant.
+    pub(crate) fn name(&self) -> String {
+        format!("{} {}", self.method, self.variant).trim_end().to_owned()
+    }
+
+    /// What each further domain costs.
+    pub(crate) fn specialise(&self) -> Cost {
+        let (all, shared) = (self.cost, self.generic);
+        Cost {
+            tokens: all.tokens.saturating_sub(shared.tokens),
+            seconds: all.seconds - shared.seconds,
+            flops: all.flops - shared.flops,
+        }
+    }
+
+    /// `C_total(N) = C_generic + N * C_specialise` of `N` domains, in FLOPs. [PE eq. 1]
+    pub(crate) fn total_flops(&self, domains: u32) -> f64 {
+        self.generic.flops + f64::from(domains) * self.specialise().flops
+    }
+}
+
+fn mean(values: impl Iterator<Item = f64> + Clone) -> f64 {
+    values.clone().sum::<f64>() / values.count() as f64
+}
+
+fn perplexity(found: &[&Outcome], domains: usize) -> Option<Figure> {
+    if let ([one], 1) = (found, domains) {
+        return Some(Figure { mean: one.perplexity, error: Some(one.stderr) });
+    }
+    let mut losses: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
+    found.iter().for_each(|o| losses.entry(o.seed).or_default().push(o.perplexity.ln()));
+    let whole = losses.values().filter(|of_seed| of_seed.len() == domains);
+    let means: Vec<f64> = whole.map(|of_seed| mean(of_seed.iter().copied()).exp()).collect();
+    (!means.is_empty()).then(|| Figure::over_seeds(&means))
+}
+
+fn grouped<K: Ord>(outcomes: &[Outcome], key: impl Fn(&Outcome) -> K) -> BTreeMap<K, Vec<&Outcome>> {
+    let mut groups: BTreeMap<K, Vec<&Outcome>> = BTreeMap::new();
+    outcomes.iter().for_each(|outcome| groups.entry(key(outcome)).or_default().push(outcome));
+    groups
+}
+
+/// One summary per domain, method and variant, with the domain.
+pub(crate) fn by_domain(outcomes: &[Outcome]) -> Vec<(String, Summary)> {
+    let groups = grouped(outcomes, |o| (o.domain.clone(), o.method.clone(), o.variant.clone()));
+    groups.into_iter().map(|((domain, ..), found)| (domain, Summary::of(&found, 1))).collect()
+}
+
+/// One summary per method and variant, over all domains.
+pub(crate) fn macro_averages(outcomes: &[Outcome]) -> Vec<Summary> {
+    let domains = grouped(outcomes, |o| o.domain.clone()).len();
+    let groups = grouped(outcomes, |o| (o.method.clone(), o.variant.clone()));
+    groups.into_values().map(|found| Summary::of(&found, domains)).collect()
+}
+
+/// A figure that is not there as `-`.
+pub(crate) fn known(figure: Option<Figure>) -> String {
+    figure.map_or_else(|| "-".to_owned(), |figure| figure.to_string())
 }
 
 /// One row per domain and method, and the macro average over domains where there are several.
 pub(crate) fn result_table(outcomes: &[Outcome]) -> String {
-    let mut rows: BTreeMap<(&str, &str, &str), Vec<&Outcome>> = BTreeMap::new();
-    for outcome in outcomes {
-        rows.entry((&outcome.domain, outcome.method, &outcome.variant)).or_default().push(outcome);
+    let mut summaries = by_domain(outcomes);
+    if summaries.iter().any(|(domain, _)| *domain != summaries[0].0) {
+        summaries.extend(macro_averages(outcomes).into_iter().map(|s| ("(macro average)".to_owned(), s)));
     }
-    let mut cells: Vec<Vec<String>> = rows.iter().map(|(name, found)| row(*name, found)).collect();
-    cells.extend(macro_averages(outcomes));
-    table(&["domain", "pretrained on", "before tuning", "fine-tuned", "bits/byte", "tokens", "seconds"], 2, cells)
-}
-
-fn name_of(method: &str, variant: &str) -> String {
-    if variant.is_empty() { meaning(method).to_owned() } else { format!("{} {variant}", meaning(method)) }
-}
-
-fn row((domain, method, variant): (&str, &str, &str), found: &[&Outcome]) -> Vec<String> {
-    let of_stage = |stage: &str| -> Vec<&Outcome> { found.iter().copied().filter(|o| o.stage == stage).collect() };
-    let perplexity = |stage: &str| match of_stage(stage)[..] {
-        [] => "-".to_owned(),
-        [one] => format!("{:.2} ± {:.2}", one.perplexity, one.stderr),
-        ref seeds => {
-            let (mean, deviation) = spread(&seeds.iter().map(|o| o.perplexity).collect::<Vec<_>>());
-            format!("{mean:.2} ± {deviation:.2}")
-        }
+    let row = |(domain, s): (String, Summary)| {
+        let name = format!("{} ({}) {}", s.method, meaning(&s.method), s.variant).trim_end().to_owned();
+        let (bits, tokens) = (format!("{:.3}", s.bits_per_byte), format!("{:.2}M", s.cost.tokens as f64 / 1e6));
+        vec![domain, name, known(s.before), known(s.after), bits, tokens, format!("{:.0}", s.cost.seconds)]
     };
-    let tuned = of_stage("finetuned");
-    let last = if tuned.is_empty() { of_stage("pretrained") } else { tuned };
-    let mean = |get: fn(&Outcome) -> f64| spread(&last.iter().map(|o| get(o)).collect::<Vec<_>>()).0;
-    vec![
-        domain.to_owned(),
-        name_of(method, variant),
-        perplexity("pretrained"),
-        perplexity("finetuned"),
-        format!("{:.3}", mean(|o| o.bits_per_byte)),
-        format!("{:.2}M", mean(|o| o.train_tokens as f64) / 1e6),
-        format!("{:.0}", mean(|o| o.seconds)),
-    ]
-}
-
-/// Losses per token over domains, by stage and seed.
-type Losses<'a> = BTreeMap<(&'a str, u64), Vec<f64>>;
-
-/// `exp` of the mean over domains of the loss per token, as METHOD says; mean and deviation over seeds.
-fn macro_averages(outcomes: &[Outcome]) -> Vec<Vec<String>> {
-    let mut losses: BTreeMap<(&str, &str), Losses> = BTreeMap::new();
-    for o in outcomes {
-        let by_seed = losses.entry((o.method, &o.variant)).or_default();
-        by_seed.entry((o.stage, o.seed)).or_default().push(o.perplexity.ln());
-    }
-    let most = losses.values().flat_map(|l| l.values().map(Vec::len)).max().unwrap_or(0);
-    let row = |((method, variant), by_seed): (&(&str, &str), &Losses)| {
-        let stage = |stage: &str| {
-            let seeds = by_seed.iter().filter(|((s, _), losses)| *s == stage && losses.len() == most);
-            let means: Vec<f64> = seeds.map(|(_, losses)| spread(losses).0.exp()).collect();
-            match (spread(&means), means.len()) {
-                (_, 0) => "-".to_owned(),
-                ((mean, _), 1) => format!("{mean:.2}"),
-                ((mean, deviation), _) => format!("{mean:.2} ± {deviation:.2}"),
-            }
-        };
-        let blank = || "-".to_owned();
-        let name = name_of(method, variant);
-        vec!["(macro average)".into(), name, stage("pretrained"), stage("finetuned"), blank(), blank(), blank()]
-    };
-    if most > 1 { losses.iter().map(row).collect() } else { Vec::new() }
+    let header = ["domain", "pretrained on", "before tuning", "fine-tuned", "bits/byte", "tokens", "seconds"];
+    table(&header, 2, summaries.into_iter().map(row))
 }
 
 #[cfg(test)]
@@ -141,17 +166,17 @@ mod tests {
     fn outcome(domain: &str, seed: u64, perplexity: f64) -> Outcome {
         Outcome {
             domain: domain.into(),
-            method: "slm",
+            method: "slm".into(),
             variant: String::new(),
             seed,
-            stage: "finetuned",
+            stage: "finetuned".into(),
             perplexity,
             stderr: 0.5,
             bits_per_byte: 1.0,
             train_tokens: 1_000_000,
-            seconds: 1.0,
-            flops: 1.0,
-            generic: Cost::default(),
+            seconds: 10.0,
+            flops: 100.0,
+            generic: Cost { tokens: 900_000, seconds: 9.0, flops: 80.0 },
         }
     }
 
@@ -164,5 +189,16 @@ mod tests {
         assert!(text.contains("(macro average)") && text.contains("22.00 ± 2.83"), "{text}");
         let one = result_table(&rows[..1]);
         assert!(one.contains("10.00 ± 0.50") && !one.contains("macro"), "{one}");
+        // A seed that lacks a domain has no macro average.
+        assert_eq!(macro_averages(&rows[..3])[0].after, Some(Figure { mean: 20.0, error: None }));
+    }
+
+    #[test]
+    fn the_shared_cost_is_paid_once() {
+        let cheap = Outcome { flops: 90.0, train_tokens: 950_000, ..outcome("b", 1, 40.0) };
+        let [summary] = &macro_averages(&[outcome("a", 1, 10.0), cheap])[..] else { panic!("one method") };
+        // 20 and 10 FLOPs beyond the shared 80, 100,000 and 50,000 tokens beyond 900,000.
+        assert_eq!(summary.specialise(), Cost { tokens: 75_000, seconds: 1.0, flops: 15.0 });
+        assert_eq!([1, 7, 50].map(|n| summary.total_flops(n)), [95.0, 185.0, 830.0]);
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use trommel_core::error::{Error, Result};
 use trommel_core::manifest::Manifest;
 use trommel_pipeline::outputs::Outputs;
+use trommel_pipeline::results::Cost;
 use trommel_spec::pipeline::{Distill, Finetune, Lora, LoraBase, Method, Schedule, Train};
 use trommel_spec::plan::Plan;
 use trommel_trainer::checkpoint;
@@ -12,7 +13,6 @@ use trommel_trainer::finetune::{FinetunePlan, FinetuneReport, PATIENCE, Start, T
 use trommel_trainer::model::{Adapters, Config};
 use trommel_trainer::recipe::Recipe;
 
-use super::outcome::Cost;
 use super::pretrainings::{folder, json};
 use super::{Candidate, Comparison, DomainDocuments, cost_of, recipe_of, stem};
 
