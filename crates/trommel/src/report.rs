@@ -2,6 +2,8 @@
 
 /// One kind of chart, as SVG.
 mod chart;
+/// How far networks of experts are ahead of the plain model while both train.
+mod lead;
 /// What the experts of projected networks have learnt.
 mod networks;
 /// The page.
@@ -31,6 +33,8 @@ struct Report {
     /// Clusters at each level of the tree, from 1.
     clusters: BTreeMap<u32, usize>,
     networks: Vec<networks::Network>,
+    /// The chart of their lead over the plain model, if the run has both.
+    lead: Option<String>,
 }
 
 /// A row of the table `diagnostics`.
@@ -95,5 +99,6 @@ fn read(run_dir: &Path) -> anyhow::Result<Report> {
         outcomes: tables.rows(include_str!("report/results.sql"))?,
         clusters: of_level,
         networks: networks::read(run_dir, &clusters)?,
+        lead: lead::chart(run_dir)?,
     })
 }

@@ -34,7 +34,7 @@ pub(crate) struct Figure {
 }
 
 impl Figure {
-    fn over_seeds(values: &[f64]) -> Figure {
+    pub(crate) fn over_seeds(values: &[f64]) -> Figure {
         let n = values.len() as f64;
         let mean = mean(values.iter().copied());
         let squares: f64 = values.iter().map(|x| (x - mean).powi(2)).sum();

@@ -45,6 +45,8 @@ pub(super) enum Axis<'a> {
     Counts(&'a str),
     /// The places of a list, from 1.
     Places(&'a str),
+    /// An axis from zero that names round numbers.
+    Amount(&'a str),
 }
 
 /// Marks that are joined by a line.
@@ -68,14 +70,14 @@ pub(super) struct Point {
 impl Axis<'_> {
     fn name(&self) -> &str {
         match self {
-            Axis::Cost(name) | Axis::Counts(name) | Axis::Places(name) => name,
+            Axis::Cost(name) | Axis::Counts(name) | Axis::Places(name) | Axis::Amount(name) => name,
         }
     }
 
     /// Where a number stands, before scaling; `None` for the left edge.
     fn place(&self, x: f64) -> Option<f64> {
         match self {
-            Axis::Places(_) => Some(x),
+            Axis::Places(_) | Axis::Amount(_) => Some(x),
             Axis::Cost(_) | Axis::Counts(_) => (x > 0.0).then(|| x.log10()),
         }
     }
@@ -83,10 +85,15 @@ impl Axis<'_> {
     fn scale(&self, numbers: &[f64]) -> Scale {
         let places = || numbers.iter().filter_map(|x| self.place(*x));
         let (low, high) = extent(places());
-        let margin = 0.05 * (high - low).max(1.0);
+        let low = if matches!(self, Axis::Amount(_)) { 0.0 } else { low };
+        let margin = if matches!(self, Axis::Amount(_)) { 0.02 * high } else { 0.05 * (high - low).max(1.0) };
         let zero = if numbers.iter().any(|x| self.place(*x).is_none()) { 0.15 * (high - low).max(1.0) } else { 0.0 };
         let (low, high) = (low - margin - zero, high + margin);
         let named: Vec<f64> = match self {
+            Axis::Amount(_) => {
+                let step = round(high / 8.0);
+                (0..=8).map(|i| f64::from(i) * step).collect()
+            }
             // 1, 2 and 5 times each power of ten, and fewer of them on a long axis.
             Axis::Cost(_) => {
                 let steps: &[f64] = if high - low > 3.0 { &[1.0] } else { &[1.0, 2.0, 5.0] };
@@ -109,6 +116,8 @@ impl Axis<'_> {
             Axis::Cost(_) => format!("{:.0e}", 10_f64.powf(place)),
             Axis::Counts(_) => format!("{:.0}", 10_f64.powf(place)),
             Axis::Places(_) => format!("{place:.0}"),
+            // As few digits as tell the round numbers apart.
+            Axis::Amount(_) => format!("{}", (place * 1e4).round() / 1e4),
         }
     }
 }
@@ -135,6 +144,12 @@ impl Ranged for Scale {
     fn range(&self) -> Range<f64> {
         self.ends.0..self.ends.1
     }
+}
+
+/// The next number that is 1, 2 or 5 times a power of ten.
+fn round(number: f64) -> f64 {
+    let power = 10_f64.powf(number.log10().floor());
+    [1.0, 2.0, 5.0, 10.0].map(|step| step * power).into_iter().find(|round| *round >= number).unwrap_or(10.0 * power)
 }
 
 /// The smallest and the largest number.
@@ -246,6 +261,13 @@ fn failed(error: impl Display) -> anyhow::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn amounts_have_round_names() {
+        assert_eq!([0.3, 1.0, 1.1, 4.9, 70.0].map(round), [0.5, 1.0, 2.0, 5.0, 100.0]);
+        let scale = Axis::Amount("x").scale(&[3.0, 14.0]);
+        assert_eq!(scale.named, [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0]);
+    }
 
     #[test]
     fn names_keep_apart_and_within_the_chart() {

@@ -46,6 +46,7 @@ pub(super) fn page(report: &Report, run_dir: &Path) -> anyhow::Result<String> {
                 (results(report)?)
                 @if !report.outcomes.is_empty() { (charts(report)?) }
                 @if !report.networks.is_empty() { (networks(&report.networks)?) }
+                @if let Some(chart) = &report.lead { (lead(chart)) }
             }
         }
     };
@@ -232,6 +233,20 @@ fn networks(networks: &[Network]) -> anyhow::Result<Markup> {
         h2 { "Projected networks" }
         @for section in &sections { (section) }
     })
+}
+
+fn lead(chart: &str) -> Markup {
+    html! {
+        h2 { "Networks of experts against the plain model" }
+        figure {
+            (PreEscaped(chart))
+            figcaption {
+                "Both read the same text in the same steps; below zero the network is ahead, each sequence going through the expert of \
+                 its cluster. A curve that rises first and falls later shows from how many tokens on experts pay. A bar is the standard \
+                 deviation over seeds."
+            }
+        }
+    }
 }
 
 /// The distances between experts, as a table that is coloured by them.
