@@ -18,6 +18,8 @@ mod hostile;
 mod interop;
 /// What `crates/README.md` promises of the crates.
 mod invariants;
+/// Mixtures of domains.
+mod mixtures;
 /// The tables of a run directory, as SQL sees them.
 mod tables;
 /// Training, fine-tuning, evaluation and generation from the command line.
