@@ -60,7 +60,8 @@ fn check_tables(bench: &Bench) {
 fn its_histogram_weights_and_shards_are_those_of_the_formula() {
     let bench = Bench::new();
     assert!(bench.call(&[&["check", "p.yaml"], &MIXTURE[..]].concat()).stdout.contains("3 domains"));
-    run(&bench, &[&MIXTURE]);
+    let report = run(&bench, &[&MIXTURE]);
+    assert_eq!(run(&bench, &[&MIXTURE, &["--threads", "1", "--run-dir", "one"]])["checksums"], report["checksums"]);
     check_tables(&bench);
     let mut drawn: BTreeMap<u64, f64> = BTreeMap::new();
     for shard in bench.query("SELECT path FROM shards WHERE domain = 'both'") {
