@@ -18,6 +18,8 @@ mod hostile;
 mod interop;
 /// What `crates/README.md` promises of the crates.
 mod invariants;
+/// Mixtures of domains.
+mod mixtures;
 /// The report of a run: one page that says what the run's tables say.
 mod report;
 /// The tables of a run directory, as SQL sees them.

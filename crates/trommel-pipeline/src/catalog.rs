@@ -57,7 +57,7 @@ pub fn write(plan: &Plan, outputs: &Outputs) -> Result<()> {
     }
     add("tree", &outputs.clusters);
     add("cluster_statistics", &outputs.cluster_statistics);
-    add("histograms", &outputs.histograms);
+    outputs.histogram_files().iter().for_each(|histograms| add("histograms", histograms));
     add("weigh", &outputs.weights);
     add("rates", &outputs.rates);
     add("diagnostics", &outputs.diagnostics);

@@ -42,7 +42,7 @@ pub fn weigh(engine: &Engine, dsir: &Dsir, plan: &Plan) -> Result<()> {
         return Ok(());
     }
     engine.for_each(&without(dsir, |u| Some(&u.counts)), |unit| ratios::count(engine, plan.spec.windows.bytes, unit))?;
-    ratios::write(engine, dsir)
+    ratios::write(engine, dsir, &plan.mixtures)
 }
 
 /// Writes the missing scores, then the selection and what it draws.

@@ -1,16 +1,19 @@
-//! Stage `histogram`: how often each cluster occurs in the corpus and in each domain, and what each cluster is about.
+//! Stage `histogram`: how often each cluster occurs in the corpus, in each domain and in each mixture of domains, and what each
+//! cluster is about.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, AsArray, ListBuilder, RecordBatch, StringBuilder};
+use arrow::array::{ArrayRef, AsArray, Float64Array, ListBuilder, RecordBatch, StringArray, StringBuilder};
 use arrow::datatypes::{DataType, Field, Float64Type, Int64Type, Schema, SchemaRef, UInt32Type};
+use datafusion::prelude::SessionContext;
 use trommel_core::error::{Error, Result};
+use trommel_spec::plan::Mixture;
 
 use crate::cluster;
 use crate::embed::read_sample;
-use crate::engine::{Engine, Written, write_parquet};
+use crate::engine::{Engine, register_batches, write_parquet};
 use crate::outputs::Outputs;
 
 /// Terms that describe a cluster.
@@ -31,20 +34,45 @@ pub struct Bin {
     pub share: f64,
 }
 
-/// Writes `histograms` and the statistics of the clusters.
-pub fn run(engine: &Engine, outputs: &Outputs) -> Result<Written> {
+/// Writes what is missing of `histograms` and the statistics of the clusters.
+pub fn run(engine: &Engine, outputs: &Outputs, mixtures: &[Mixture]) -> Result<()> {
+    if !(outputs.histograms.exists() && outputs.cluster_statistics.exists()) {
+        count(engine, outputs)?;
+    }
+    let Some(path) = outputs.mixtures.as_ref().filter(|path| !path.exists()) else { return Ok(()) };
+    let session = engine.session(1, []);
+    engine.register(&session, "histograms", &[&outputs.histograms])?;
+    register_mixtures(&session, mixtures)?;
+    let frame = engine.query(&session, include_str!("sql/mixture.sql"))?;
+    engine.write(frame, &schema(), path).map(|_| ())
+}
+
+fn count(engine: &Engine, outputs: &Outputs) -> Result<()> {
     let session = engine.parallel_session([]);
     let files: Vec<&Path> = outputs.units.iter().map(|u| u.assignments.as_path()).collect();
     engine.register(&session, "assignments", &files)?;
     engine.register(&session, "tree", &[&outputs.clusters])?;
     let statistics = engine.collect(&session, include_str!("sql/cluster_statistics.sql"))?;
     let described = describe(engine, outputs, statistics)?;
-    let mut written = write_parquet(&outputs.cluster_statistics, &statistics_schema(), described.into_iter().map(Ok))?;
+    write_parquet(&outputs.cluster_statistics, &statistics_schema(), described.into_iter().map(Ok))?;
     let frame = engine.query(&session, include_str!("sql/histogram.sql"))?;
-    let histograms = engine.write(frame, &schema(), &outputs.histograms)?;
-    written.rows += histograms.rows;
-    written.bytes += histograms.bytes;
-    Ok(written)
+    engine.write(frame, &schema(), &outputs.histograms).map(|_| ())
+}
+
+/// The table `mixtures` of queries: the share of each domain in each mixture, without a row if the plan has none.
+pub fn register_mixtures(session: &SessionContext, mixtures: &[Mixture]) -> Result<()> {
+    let text = |name: &str| Field::new(name, DataType::Utf8, false);
+    let schema = Arc::new(Schema::new(vec![text("mixture"), text("domain"), Field::new("share", DataType::Float64, false)]));
+    let rows = mixtures.iter().flat_map(|m| m.shares.iter().map(|(domain, share)| (&m.name, domain, *share)));
+    let rows: Vec<_> = rows.collect();
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(StringArray::from_iter_values(rows.iter().map(|(mixture, ..)| mixture))),
+        Arc::new(StringArray::from_iter_values(rows.iter().map(|(_, domain, _)| domain))),
+        Arc::new(Float64Array::from_iter_values(rows.iter().map(|(.., share)| *share))),
+    ];
+    let batch = RecordBatch::try_new(Arc::clone(&schema), columns);
+    let batch = batch.map_err(|e| Error::internal("mixtures do not form a table").source(e))?;
+    register_batches(session, "mixtures", vec![batch], &schema)
 }
 
 fn schema() -> SchemaRef {
@@ -68,7 +96,7 @@ fn statistics_schema() -> SchemaRef {
     ]))
 }
 
-/// Reads `histograms` back, ordered by domain and cluster.
+/// Reads the histograms of the corpus and of the domains with documents of their own, ordered by domain and cluster.
 pub fn read(engine: &Engine, outputs: &Outputs) -> Result<Vec<Bin>> {
     let session = engine.session(1, []);
     engine.register(&session, "histograms", &[&outputs.histograms])?;

@@ -32,6 +32,7 @@ mod version {
     pub(super) const CLUSTER: &str = "cluster 3";
     pub(super) const ASSIGN: &str = "assign 2";
     pub(super) const HISTOGRAM: &str = "histogram 1";
+    pub(super) const MIXTURE: &str = "mixture 1";
     pub(super) const WEIGH: &str = "weigh 1";
     pub(super) const TOKENIZER: &str = "tokenizer 1";
     pub(super) const RESAMPLE: &str = "resample 1";
@@ -74,6 +75,8 @@ pub struct Outputs {
     pub cluster_statistics: PathBuf,
     /// Domain x cluster counts.
     pub histograms: PathBuf,
+    /// Mixture x cluster counts, if the plan has mixtures; by themselves, so that other proportions leave the rest alone.
+    pub mixtures: Option<PathBuf>,
     /// Domain x cluster weights.
     pub weights: PathBuf,
     /// The tokenizer of the shards.
@@ -145,7 +148,9 @@ impl Outputs {
             (spec.cluster.levels(), spec.cluster.balance(), spec.cluster.sample(), spec.cluster.iterations());
         let cluster = Key::of([version::CLUSTER.as_bytes(), &keys(true), &json(&cluster_settings)?, &seed]);
         let histogram = after(version::HISTOGRAM, cluster, &keys(false));
-        let weigh = after(version::WEIGH, histogram, &json(&spec.weigh)?);
+        let mixtures = mixtures(plan)?;
+        let mixed = if mixtures.is_empty() { histogram } else { after(version::MIXTURE, histogram, &mixtures) };
+        let weigh = after(version::WEIGH, mixed, &json(&spec.weigh)?);
         let tokenizer = match &spec.shard.tokenizer.path {
             Some(path) => {
                 Key::of_bytes(&std::fs::read(path).map_err(|e| Error::config("cannot read it").file(path.display()).source(e))?)
@@ -194,6 +199,7 @@ impl Outputs {
             clusters: path("cluster", "clusters", cluster),
             cluster_statistics: path("histogram", "clusters", histogram),
             histograms: path("histogram", "histograms", histogram),
+            mixtures: (!mixtures.is_empty()).then(|| path("histogram", "mixtures", mixed)),
             weights: path("weigh", "weights", weigh),
             tokenizer: plan.run_dir.join("tokenizer").join(format!("{}.json", tokenizer.short())),
             rates: path("resample", "rates", resample),
@@ -224,6 +230,11 @@ impl Outputs {
         self.dsir.as_ref().filter(|_| method == Method::Dsir).map_or(self, |dsir| &dsir.outputs)
     }
 
+    /// The files of the table `histograms`.
+    pub fn histogram_files(&self) -> Vec<&Path> {
+        std::iter::once(&self.histograms).chain(&self.mixtures).map(PathBuf::as_path).collect()
+    }
+
     /// The units of the corpus.
     pub fn corpus(&self) -> impl Iterator<Item = &Unit> {
         self.units.iter().filter(|u| u.source == CORPUS)
@@ -241,7 +252,7 @@ fn dsir(plan: &Plan, outputs: &Outputs, inputs: &[Input], cluster: Key, tokenize
         |stage: &str, name: &str, key: Key| plan.run_dir.join(stage).join(format!("dsir-{name}-{}.parquet", key.short()));
     let mut windows: Vec<Key> = inputs.iter().map(|i| i.windows).collect();
     windows.sort();
-    let ratios = key("ratios", &windows, &[]);
+    let ratios = key("ratios", &windows, &mixtures(plan)?);
     let selection = key("selection", &[ratios, tokenizer], &json(&(&spec.resample, spec.seed))?);
     let shards_key = key("shards", &[selection, cluster], &json(&spec.shard.shard_tokens)?);
     let unit = |(unit, input): (&Unit, &Input)| {
@@ -315,6 +326,11 @@ fn fingerprint(path: &Path) -> Result<(u64, Key)> {
     read().map_err(|e| {
         Error::data("cannot read the file").file(path.display()).source(e).hint("check the path and its permissions")
     })
+}
+
+/// The mixtures of a plan as a part of keys; nothing if there are none.
+fn mixtures(plan: &Plan) -> Result<Vec<u8>> {
+    if plan.mixtures.is_empty() { Ok(Vec::new()) } else { json(&plan.mixtures) }
 }
 
 fn json(value: &impl Serialize) -> Result<Vec<u8>> {

@@ -25,7 +25,7 @@ pub struct Proportions {
     nodes: Vec<Vec<u32>>,
     /// The node of each level that a leaf lies in.
     ancestors: BTreeMap<u32, Vec<u32>>,
-    /// Windows and bytes by domain and leaf.
+    /// `share` and bytes by domain and leaf.
     bins: BTreeMap<String, BTreeMap<u32, (f64, f64)>>,
     /// `weight` by domain and leaf, with the options of `weigh`.
     weights: BTreeMap<String, BTreeMap<u32, f64>>,
@@ -49,7 +49,7 @@ impl Proportions {
             let session = SessionContext::new();
             catalog::register(&session, run_dir).await?;
             let tree = rows(&session, "SELECT '', cluster_id, coalesce(parent_id, cluster_id), level FROM tree").await?;
-            let bins = rows(&session, "SELECT domain, cluster_id, windows, bytes FROM histograms").await?;
+            let bins = rows(&session, "SELECT domain, cluster_id, share, bytes FROM histograms").await?;
             let weights = rows(&session, "SELECT domain, cluster_id, weight, 0 FROM weigh").await?;
             if tree.is_empty() || bins.is_empty() {
                 let error = Error::config("the run has no histograms yet").file(run_dir.display());
@@ -81,8 +81,8 @@ impl Proportions {
             ancestors.insert(leaf, path);
         }
         let mut by_domain: BTreeMap<String, BTreeMap<u32, (f64, f64)>> = BTreeMap::new();
-        for (domain, id, windows, bytes) in bins {
-            by_domain.entry(domain).or_default().insert(id, (windows, bytes));
+        for (domain, id, share, bytes) in bins {
+            by_domain.entry(domain).or_default().insert(id, (share, bytes));
         }
         let mut weight: BTreeMap<String, BTreeMap<u32, f64>> = BTreeMap::new();
         for (domain, id, w, _) in weights {
@@ -130,12 +130,11 @@ impl Proportions {
 
     /// `P(node | domain)` over the nodes of a level.
     pub fn histogram(&self, domain: &str, level: u32) -> Result<Vec<f64>> {
-        let mut windows = vec![0.0; self.level(level)?.len()];
-        for (leaf, (count, _)) in self.bins(domain)? {
-            windows[self.node_of(*leaf, level)?] += count;
+        let mut shares = vec![0.0; self.level(level)?.len()];
+        for (leaf, (share, _)) in self.bins(domain)? {
+            shares[self.node_of(*leaf, level)?] += share;
         }
-        let sum: f64 = windows.iter().sum();
-        Ok(windows.into_iter().map(|w| w / sum).collect())
+        Ok(shares)
     }
 
     /// What a training for `domain` draws, with the clusters of a level; `corpus` draws the corpus as it is.
@@ -193,16 +192,16 @@ mod tests {
             (name(), 10, 10.0, 1.0),
             (name(), 11, 11.0, 1.0),
         ];
-        let bin = |domain: &str, id, windows: f64| (domain.to_owned(), id, windows, windows * 100.0);
+        let bin = |domain: &str, id, share: f64| (domain.to_owned(), id, share, share * 10_000.0);
         let bins = vec![
-            bin("corpus", 0, 10.0),
-            bin("corpus", 1, 30.0),
-            bin("corpus", 2, 60.0),
+            bin("corpus", 0, 0.1),
+            bin("corpus", 1, 0.3),
+            bin("corpus", 2, 0.6),
             bin("corpus", 3, 0.0),
-            bin("law", 0, 3.0),
+            bin("law", 0, 0.75),
             bin("law", 1, 0.0),
             bin("law", 2, 0.0),
-            bin("law", 3, 1.0),
+            bin("law", 3, 0.25),
         ];
         let weights = vec![("law".to_owned(), 0, 7.5, 0.0), ("law".to_owned(), 1, 0.0, 0.0)];
         Proportions::of(&tree, bins, weights).unwrap()

@@ -177,7 +177,7 @@ impl<'a> Run<'a> {
                 let tree = Arc::new(cluster::stage::read(engine, outputs)?);
                 engine.for_each(&missing(outputs, stage), |unit| assign::run(engine, unit, &tree))
             }
-            Stage::Histogram => histogram::run(engine, outputs).map(|_| ()),
+            Stage::Histogram => histogram::run(engine, outputs, &self.plan.mixtures),
             Stage::Weigh => {
                 if !is_done_without_dsir(outputs, stage) {
                     weigh::run(engine, outputs, spec)?;
@@ -358,7 +358,7 @@ fn unit_of(stage: Stage) -> &'static str {
 fn tables(outputs: &Outputs, stage: Stage) -> Vec<&Path> {
     match stage {
         Stage::Cluster => vec![&outputs.clusters],
-        Stage::Histogram => vec![&outputs.cluster_statistics, &outputs.histograms],
+        Stage::Histogram => [vec![outputs.cluster_statistics.as_path()], outputs.histogram_files()].concat(),
         Stage::Weigh => vec![&outputs.weights],
         Stage::Tokenizer => vec![&outputs.tokenizer],
         Stage::Resample => vec![&outputs.rates, &outputs.diagnostics],

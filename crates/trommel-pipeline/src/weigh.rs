@@ -35,7 +35,7 @@ pub fn sql(weigh: &Weigh) -> String {
 /// Writes the weights; refuses a domain of which nothing can be drawn.
 pub fn run(engine: &Engine, outputs: &Outputs, spec: &Pipeline) -> Result<Written> {
     let session = engine.session(1, []);
-    engine.register(&session, "histograms", &[&outputs.histograms])?;
+    engine.register(&session, "histograms", &outputs.histogram_files())?;
     let batches = engine.collect(&session, &sql(&spec.weigh))?;
     let weights: Vec<Weight> = batches.iter().flat_map(rows).collect();
     if weights.iter().any(|w| !w.weight.is_finite()) {

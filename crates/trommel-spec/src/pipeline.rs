@@ -22,7 +22,7 @@ pub struct Pipeline {
     pub seed: u64,
     /// The generic corpus that is searched for the domains' kind of text.
     pub corpus: Corpus,
-    /// The domain sets by name. A name is lower-case letters, digits, `-` and `_`; `corpus` is taken.
+    /// The domain sets, and mixtures of them, by name. A name is lower-case letters, digits, `-` and `_`; `corpus` is taken.
     #[schemars(length(min = 1))]
     pub domains: BTreeMap<String, Domain>,
     /// How documents are cut.
@@ -67,12 +67,12 @@ pub struct Corpus {
     pub max_reject_share: f64,
 }
 
-/// Where a domain's documents lie.
+/// Where a domain's documents lie (`train`), or which other domains it mixes (`mixture`).
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Domain {
     /// File, folder or glob of the documents that weights and fine-tuning may use.
-    pub train: String,
+    pub train: Option<String>,
     /// File, folder or glob of the held-out documents; used for the final evaluation and nothing else.
     pub test: Option<String>,
     /// The column that holds the text. Default `text`.
@@ -80,6 +80,11 @@ pub struct Domain {
     pub text: String,
     /// A column that identifies a document. Default: a 128-bit hash of its text.
     pub id: Option<String>,
+    /// In place of `train`, `test`, `text` and `id`: other domains and their proportions, such as `{law: 0.3, medicine: 0.7}`
+    /// (above 0, on any scale). The corpus is weighed and drawn for the mean of their cluster shares in these proportions.
+    /// Fine-tuning and evaluation take all of their documents as they are; there is no evaluation unless each has a `test`.
+    #[schemars(extend("minProperties" = 1))]
+    pub mixture: Option<BTreeMap<String, f64>>,
 }
 
 /// How documents are cut. [PE 2.3]

@@ -1,13 +1,15 @@
 //! A spec whose files are found and whose contradictions are refused.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
 use trommel_core::error::Error;
 use trommel_core::schema::CORPUS;
 
 use crate::pipeline::{Choice, Method, Pipeline, ShardBy, Train};
 use crate::validate;
-use crate::yaml::Document;
+use crate::yaml::{Document, escape};
 
 /// What a run needs to know; nothing in it refers to YAML.
 #[derive(Debug, Clone)]
@@ -18,8 +20,10 @@ pub struct Plan {
     pub run_dir: PathBuf,
     /// The corpus.
     pub corpus: Source,
-    /// The domains, by name.
+    /// The domains that have documents of their own, by name.
     pub domains: Vec<DomainSources>,
+    /// The domains that are mixtures of those, by name.
+    pub mixtures: Vec<Mixture>,
 }
 
 /// The files of one set of documents.
@@ -42,6 +46,23 @@ pub struct DomainSources {
     pub train: Source,
     /// For the final evaluation only.
     pub test: Option<Source>,
+}
+
+/// A domain that is made of others.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Mixture {
+    /// Its name.
+    pub name: String,
+    /// The share of each domain in it; they sum to 1.
+    pub shares: BTreeMap<String, f64>,
+}
+
+impl Mixture {
+    fn new(name: &str, proportions: &BTreeMap<String, f64>) -> Mixture {
+        let sum: f64 = proportions.values().sum();
+        let shares = proportions.iter().map(|(domain, proportion)| (domain.clone(), proportion / sum)).collect();
+        Mixture { name: name.to_owned(), shares }
+    }
 }
 
 /// File name endings that can be read.
@@ -83,22 +104,24 @@ fn resolve(document: &Document, spec: Pipeline, run_dir: Option<&Path>) -> Resul
         text: spec.corpus.text.clone(),
         id: spec.corpus.id.clone(),
     };
-    let mut domains = Vec::new();
+    let (mut domains, mut mixtures) = (Vec::new(), Vec::new());
     for (name, domain) in &spec.domains {
+        mixtures.extend(domain.mixture.iter().map(|proportions| Mixture::new(name, proportions)));
+        let Some(train) = &domain.train else { continue };
         let mut source = |split: &str, pattern: &String| Source {
             name: name.clone(),
             files: files(&format!("/domains/{name}/{split}"), &[pattern]),
             text: domain.text.clone(),
             id: domain.id.clone(),
         };
-        let train = source("train", &domain.train);
+        let train = source("train", train);
         domains.push(DomainSources { train, test: domain.test.as_ref().map(|test| source("test", test)) });
     }
     if !mistakes.is_empty() {
         return Err(validate::in_file_order(mistakes));
     }
     let run_dir = run_dir.map_or_else(|| Path::new("runs").join(&spec.name), Path::to_path_buf);
-    Ok(Plan { spec, run_dir, corpus, domains })
+    Ok(Plan { spec, run_dir, corpus, domains, mixtures })
 }
 
 /// What the schema cannot say.
@@ -109,17 +132,7 @@ fn contradictions(document: &Document, spec: &Pipeline) -> Vec<Error> {
             mistakes.push(document.error(pointer, message).hint(hint));
         }
     };
-    for name in spec.domains.keys() {
-        let plain = name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "-_".contains(c)) && !name.is_empty();
-        let pointer = format!("/domains/{name}");
-        require(plain, &pointer, format!("`{name}` cannot name a domain"), "use lower-case letters, digits, `-` and `_`");
-        require(
-            name != CORPUS,
-            &pointer,
-            "`corpus` cannot name a domain".into(),
-            "the generic corpus has this name in every table",
-        );
-    }
+    domain_contradictions(document, spec, &mut require);
     let cluster = &spec.cluster;
     require(
         cluster.k.is_none() || cluster.levels.is_none(),
@@ -183,6 +196,51 @@ fn contradictions(document: &Document, spec: &Pipeline) -> Vec<Error> {
         training_contradictions(spec, train, &mut require);
     }
     mistakes
+}
+
+/// What the schema cannot say of `domains`.
+fn domain_contradictions(document: &Document, spec: &Pipeline, require: &mut impl FnMut(bool, &str, String, &str)) {
+    let plain: Vec<String> = spec.domains.iter().filter(|(_, d)| d.mixture.is_none()).map(|(name, _)| name.clone()).collect();
+    for (name, domain) in &spec.domains {
+        let word = name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "-_".contains(c)) && !name.is_empty();
+        let pointer = format!("/domains/{}", escape(name));
+        require(word, &pointer, format!("`{name}` cannot name a domain"), "use lower-case letters, digits, `-` and `_`");
+        require(
+            name != CORPUS,
+            &pointer,
+            "`corpus` cannot name a domain".into(),
+            "the generic corpus has this name in every table",
+        );
+        let Some(mixture) = &domain.mixture else {
+            let message = format!("the key `train` is missing in `domains.{name}`");
+            require(domain.train.is_some(), &pointer, message, "name its documents, or the domains that it mixes as `mixture`");
+            continue;
+        };
+        // `text` has a default, so only the document tells whether it was written.
+        for key in ["train", "test", "text", "id"] {
+            let pointer = format!("{pointer}/{key}");
+            let message = format!("`{key}` and `mixture` exclude each other");
+            let hint = "a mixture has the documents of the domains that it names";
+            require(document.value.pointer(&pointer).is_none(), &pointer, message, hint);
+        }
+        let sum: f64 = mixture.values().sum();
+        require(
+            sum.is_finite(),
+            &format!("{pointer}/mixture"),
+            "these proportions are too large".into(),
+            "such as 0.3 and 0.7",
+        );
+        for (member, &proportion) in mixture {
+            let pointer = format!("{pointer}/mixture/{}", escape(member));
+            let message = match spec.domains.contains_key(member) {
+                true => format!("`{member}` is a mixture itself"),
+                false => format!("`{member}` is not among `domains`"),
+            };
+            require(plain.contains(member), &pointer, message, &validate::nearest(member, &plain));
+            let message = format!("the proportion of `{member}` must be above 0");
+            require(proportion > 0.0, &pointer, message, "leave the domain out of the mixture, or give it a share");
+        }
+    }
 }
 
 /// What the schema cannot say of `train`.
@@ -342,6 +400,39 @@ mod tests {
         ));
         assert_eq!(found.len(), 5, "{found:#?}");
         assert!(found[4].starts_with("p.yaml:5:17: `cluster.k` and `cluster.levels` exclude each other"), "{found:#?}");
+    }
+
+    #[test]
+    fn a_mixture_names_plain_domains_above_zero() {
+        let domains = "domains:\n  law: {train: src/*.rs}\n  none: {test: src/*.rs}\n  \
+                       both: {train: src/*.rs, mixture: {law: 1}, text: body}\n  mixed: {mixture: {laws: 1, both: 2, law: 0}}\n  \
+                       huge: {mixture: {law: 1.0e+308, none: 1.0e+308}}\n";
+        let exclusive = "a mixture has the documents of the domains that it names";
+        // Nothing here is a file that can be read.
+        let own = |yaml: &str| check(yaml).into_iter().filter(|m| !m.contains("readable are")).collect::<Vec<_>>();
+        assert_eq!(
+            own(&format!("{HEAD}{domains}resample: {{tokens: 1M}}\n")),
+            [
+                "p.yaml:5:3: the key `train` is missing in `domains.none` | name its documents, or the domains that it mixes as `mixture`",
+                &format!("p.yaml:6:10: `train` and `mixture` exclude each other | {exclusive}"),
+                &format!("p.yaml:6:46: `text` and `mixture` exclude each other | {exclusive}"),
+                "p.yaml:7:21: `laws` is not among `domains` | did you mean `law`?",
+                "p.yaml:7:30: `both` is a mixture itself | use one of `law`, `none`",
+                "p.yaml:7:39: the proportion of `law` must be above 0 | leave the domain out of the mixture, or give it a share",
+                "p.yaml:8:10: these proportions are too large | such as 0.3 and 0.7",
+            ]
+        );
+        let found =
+            check(&format!("{HEAD}domains: {{a: {{mixture: {{}}}}, b: {{mixture: {{a: much}}}}}}\nresample: {{tokens: 1M}}\n"));
+        assert!(found.len() == 2 && found[1].contains("`domains.b.mixture.a` is `much`, but must be a number"), "{found:#?}");
+        let found = own(&format!("{HEAD}domains: {{a: {{mixture: {{b: 1}}}}}}\nresample: {{tokens: 1M}}\n"));
+        assert_eq!(found, ["p.yaml:3:25: `b` is not among `domains` | there is none to choose"]);
+    }
+
+    #[test]
+    fn proportions_become_shares() {
+        let mixture = Mixture::new("both", &BTreeMap::from([("law".to_owned(), 3.0), ("tax".to_owned(), 1.0)]));
+        assert_eq!(mixture.shares, BTreeMap::from([("law".to_owned(), 0.75), ("tax".to_owned(), 0.25)]));
     }
 
     #[test]

@@ -142,6 +142,7 @@ pub fn nearest(wrong: &str, known: &[String]) -> String {
     let best = known.iter().max_by(|a, b| strsim::jaro_winkler(wrong, a).total_cmp(&strsim::jaro_winkler(wrong, b)));
     match best {
         Some(word) if strsim::jaro_winkler(wrong, word) > 0.75 => format!("did you mean `{word}`?"),
-        _ => format!("use one of {}", known.iter().map(|k| format!("`{k}`")).collect::<Vec<_>>().join(", ")),
+        Some(_) => format!("use one of {}", known.iter().map(|k| format!("`{k}`")).collect::<Vec<_>>().join(", ")),
+        None => "there is none to choose".to_owned(),
     }
 }

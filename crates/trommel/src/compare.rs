@@ -32,7 +32,7 @@ use trommel_pipeline::results::{self, Cost, Outcome};
 use trommel_pipeline::run::{StageReport, load_embedder};
 use trommel_pipeline::source::read_texts;
 use trommel_spec::pipeline::{Method, Precision, Schedule, ShardBy, Train};
-use trommel_spec::plan::{DomainSources, Plan, Source};
+use trommel_spec::plan::{DomainSources, Mixture, Plan, Source};
 use trommel_trainer::checkpoint;
 use trommel_trainer::evaluate::{Evaluation, evaluate};
 use trommel_trainer::finetune::FinetuneReport;
@@ -103,11 +103,11 @@ pub(crate) fn survey(plan: &Plan) -> Result<Vec<StageReport>> {
     let by_cluster = plan.spec.shard.by == ShardBy::Cluster;
     // The directory may hold the tables of an earlier plan.
     let of_plan = |p: &Proportions| {
-        let known = plan.domains.iter().all(|d| p.histogram(&d.train.name, 1).is_ok());
-        known && p.levels() as usize == plan.spec.cluster.levels().len()
+        let known = plan.spec.domains.keys().all(|d| p.histogram(d, 1).is_ok());
+        known && outputs.weights.exists() && p.levels() as usize == plan.spec.cluster.levels().len()
     };
     let proportions = Proportions::read(&plan.run_dir).ok().filter(|p| by_cluster && of_plan(p));
-    let domains = plan.domains.iter().map(|d| documents(plan, d, &Silent)).collect::<Result<Vec<_>>>()?;
+    let domains = all_documents(plan, &Silent)?;
     let mut models = Vec::new();
     for what in pretrainings(plan, train, proportions.as_ref())? {
         let out = what.folder(plan, train, &outputs, proportions.as_ref())?;
@@ -167,7 +167,7 @@ impl Comparison<'_> {
     pub(crate) fn run(&self, until: Until) -> Result<(Vec<StageReport>, Vec<Outcome>)> {
         let Some(train) = &self.plan.spec.train else { return Ok((Vec::new(), Vec::new())) };
         // Everything is read before the first model is trained: a mistake in a test set must not show hours later.
-        let domains = self.plan.domains.iter().map(|d| documents(self.plan, d, self.progress)).collect::<Result<Vec<_>>>()?;
+        let domains = all_documents(self.plan, self.progress)?;
         let by_cluster = self.plan.spec.shard.by == ShardBy::Cluster;
         let proportions = by_cluster.then(|| Proportions::read(&self.plan.run_dir)).transpose()?;
         let proportions = proportions.as_ref();
@@ -346,6 +346,23 @@ impl Comparison<'_> {
         write_bytes(&path, &text)?;
         Ok(found)
     }
+}
+
+/// The documents of every domain, then of every mixture.
+fn all_documents(plan: &Plan, progress: &dyn Progress) -> Result<Vec<DomainDocuments>> {
+    let mut domains = plan.domains.iter().map(|d| documents(plan, d, progress)).collect::<Result<Vec<_>>>()?;
+    let mixtures: Vec<_> = plan.mixtures.iter().map(|mixture| mixed(mixture, &domains)).collect();
+    domains.extend(mixtures);
+    Ok(domains)
+}
+
+/// The documents of the domains in a mixture, together, whatever their proportions.
+fn mixed(mixture: &Mixture, domains: &[DomainDocuments]) -> DomainDocuments {
+    let members: Vec<_> = domains.iter().filter(|d| mixture.shares.contains_key(&d.name)).collect();
+    let all = |set: fn(&DomainDocuments) -> &Vec<String>| members.iter().flat_map(|d| set(d)).cloned().collect();
+    // The test set of one of them would say little about the mixture.
+    let test = if members.iter().any(|d| d.test.is_empty()) { Vec::new() } else { all(|d| &d.test) };
+    DomainDocuments { name: mixture.name.clone(), train: all(|d| &d.train), validation: all(|d| &d.validation), test }
 }
 
 /// The documents of a domain; what cannot be used of them is said.

@@ -124,7 +124,7 @@ pub(crate) fn check(arguments: &PipelineArguments) -> anyhow::Result<()> {
         std::io::stdout(),
         "{}: no mistakes; {files} corpus files, {} domains",
         arguments.pipeline.display(),
-        plan.domains.len()
+        plan.spec.domains.len()
     )?;
     Ok(())
 }

@@ -11,10 +11,12 @@ use datafusion::error::Result as QueryResult;
 use datafusion::logical_expr::function::AccumulatorArgs;
 use datafusion::logical_expr::{Accumulator, AggregateUDF, Volatility, create_udaf};
 use trommel_core::error::{Error, Result};
+use trommel_spec::plan::Mixture;
 
 use super::ngrams::{BUCKETS, Featurizer};
 use crate::embed::register_texts;
 use crate::engine::Engine;
+use crate::histogram::register_mixtures;
 use crate::outputs::{Dsir, DsirUnit};
 
 /// Counts the n-grams of one input file.
@@ -30,10 +32,11 @@ pub fn count(engine: &Engine, window_bytes: u32, unit: &DsirUnit) -> Result<()> 
 }
 
 /// Writes the probabilities, when every file is counted.
-pub fn write(engine: &Engine, dsir: &Dsir) -> Result<()> {
+pub fn write(engine: &Engine, dsir: &Dsir, mixtures: &[Mixture]) -> Result<()> {
     let session = engine.session(1, []);
     let files: Vec<&Path> = dsir.units.iter().map(|u| u.counts.as_path()).collect();
     engine.register(&session, "counts", &files)?;
+    register_mixtures(&session, mixtures)?;
     let frame = engine.query(&session, include_str!("../sql/dsir_ratios.sql"))?;
     engine.write(frame, &ratios_schema(), &dsir.ratios).map(|_| ())
 }
@@ -185,6 +188,7 @@ mod tests {
                 counts.extend(session.sql(&sql).await.unwrap().collect().await.unwrap());
             }
             register_batches(&session, "counts", counts, &counts_schema()).unwrap();
+            register_mixtures(&session, &[]).unwrap();
             let sql = format!(
                 "SELECT p_domain, p_corpus FROM ({}) WHERE p_domain > 0 OR p_corpus > 0 ORDER BY p_corpus DESC",
                 include_str!("../sql/dsir_ratios.sql")
