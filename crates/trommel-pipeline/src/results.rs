@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray};
+use arrow::array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, UInt64Array};
 use serde::{Deserialize, Serialize};
 use trommel_core::error::{Error, Result};
 use trommel_spec::plan::Plan;
@@ -71,7 +71,7 @@ pub fn write(plan: &Plan, outputs: &Outputs, outcomes: &[Outcome]) -> Result<()>
 /// The rows of the table.
 pub(crate) fn batch(outcomes: &[Outcome]) -> Result<RecordBatch> {
     let text = |get: fn(&Outcome) -> &str| -> ArrayRef { Arc::new(StringArray::from_iter_values(outcomes.iter().map(get))) };
-    // Signed, as all numbers that people calculate with.
+    // Signed, as all numbers that people calculate with; a seed is none.
     let count = |get: fn(&Outcome) -> u64| -> ArrayRef {
         Arc::new(Int64Array::from_iter_values(outcomes.iter().map(|o| get(o) as i64)))
     };
@@ -80,7 +80,7 @@ pub(crate) fn batch(outcomes: &[Outcome]) -> Result<RecordBatch> {
         ("domain", text(|o| &o.domain)),
         ("method", text(|o| &o.method)),
         ("variant", text(|o| &o.variant)),
-        ("seed", count(|o| o.seed)),
+        ("seed", Arc::new(UInt64Array::from_iter_values(outcomes.iter().map(|o| o.seed)))),
         ("stage", text(|o| &o.stage)),
         ("perplexity", number(|o| o.perplexity)),
         ("stderr", number(|o| o.stderr)),

@@ -39,7 +39,7 @@ pub(super) struct Chart<'a> {
 
 /// The axis to the right.
 pub(super) enum Axis<'a> {
-    /// A logarithmic axis in FLOPs; what costs nothing stands at the left edge.
+    /// A logarithmic axis in FLOPs; what costs nothing stands at the left.
     Cost(&'a str),
     /// A logarithmic axis that names the numbers of the marks.
     Counts(&'a str),
@@ -74,7 +74,7 @@ impl Axis<'_> {
         }
     }
 
-    /// Where a number stands, before scaling; `None` for the left edge.
+    /// Where a number stands, before scaling; `None` for what is nothing on a logarithmic axis.
     fn place(&self, x: f64) -> Option<f64> {
         match self {
             Axis::Places(_) | Axis::Amount(_) => Some(x),
@@ -85,10 +85,12 @@ impl Axis<'_> {
     fn scale(&self, numbers: &[f64]) -> Scale {
         let places = || numbers.iter().filter_map(|x| self.place(*x));
         let (low, high) = extent(places());
-        let low = if matches!(self, Axis::Amount(_)) { 0.0 } else { low };
-        let margin = if matches!(self, Axis::Amount(_)) { 0.02 * high } else { 0.05 * (high - low).max(1.0) };
-        let zero = if numbers.iter().any(|x| self.place(*x).is_none()) { 0.15 * (high - low).max(1.0) } else { 0.0 };
-        let (low, high) = (low - margin - zero, high + margin);
+        // Wide enough for a mark, and for one of the numbers 1, 2 and 5 on a logarithmic axis.
+        let margin = (0.05 * (high - low)).max(0.2);
+        let (low, high) = match self {
+            Axis::Amount(_) => (0.0, 1.02 * high),
+            _ => (low - margin, high + margin),
+        };
         let named: Vec<f64> = match self {
             Axis::Amount(_) => {
                 let step = round(high / 8.0);
@@ -108,7 +110,13 @@ impl Axis<'_> {
                 all.into_iter().step_by(step.max(1)).collect()
             }
         };
-        Scale { ends: (low, high), named: named.into_iter().filter(|x| (low + zero..=high).contains(x)).collect() }
+        let mut named: Vec<f64> = named.into_iter().filter(|x| (low..=high).contains(x)).collect();
+        if numbers.iter().all(|x| self.place(*x).is_some()) {
+            return Scale { ends: (low, high), nothing: low, named };
+        }
+        let nothing = low - 2.0 * margin;
+        named.push(nothing);
+        Scale { ends: (nothing - margin, high), nothing, named }
     }
 
     fn label(&self, place: f64) -> String {
@@ -125,6 +133,8 @@ impl Axis<'_> {
 /// An axis between two places that names some others. The library's own one with given places cannot format them.
 struct Scale {
     ends: (f64, f64),
+    /// The place of what costs nothing.
+    nothing: f64,
     named: Vec<f64>,
 }
 
@@ -162,7 +172,7 @@ impl Chart<'_> {
     pub(super) fn svg(&self) -> anyhow::Result<String> {
         let numbers: Vec<f64> = self.series.iter().flat_map(|s| s.points.iter().map(|p| p.x)).collect();
         let scale = self.x.scale(&numbers);
-        let left = scale.ends.0;
+        let nothing = scale.nothing;
         let height = HEIGHT_MIN.max(80 + self.series.len() as u32 * LINE_HEIGHT as u32);
         let mut text = String::new();
         {
@@ -177,10 +187,10 @@ impl Chart<'_> {
                 .x_desc(self.x.name())
                 .y_desc(self.y)
                 .label_style(("sans-serif", FONT))
-                .x_label_formatter(&|x| self.x.label(*x))
+                .x_label_formatter(&|x| if *x == nothing { "none".to_owned() } else { self.x.label(*x) })
                 .draw()
                 .map_err(failed)?;
-            let at = |p: &Point| (self.x.place(p.x).unwrap_or(left), p.y.clamp(self.range.0, self.range.1));
+            let at = |p: &Point| (self.x.place(p.x).unwrap_or(nothing), p.y.clamp(self.range.0, self.range.1));
             let mut ends = Vec::new();
             for series in &self.series {
                 let colour = colour(series.look);
@@ -194,12 +204,9 @@ impl Chart<'_> {
                 for (place, point) in places.iter().zip(&series.points) {
                     mark(&root, chart.backend_coord(place), series.look, point.size)?;
                 }
-                ends.extend(places.last().map(|place| (chart.backend_coord(place), series)));
+                ends.extend(series.points.last().map(|last| (last.y, chart.backend_coord(&at(last)), series)));
             }
-            if numbers.contains(&0.0) {
-                let corner = chart.backend_coord(&(left, self.range.0));
-                write(&root, "no shared cost", (corner.0 + 4, corner.1 - 4), VPos::Bottom)?;
-            }
+            ends.sort_by(|a, b| b.0.total_cmp(&a.0));
             names(&root, ends, height as i32)?;
             root.present().map_err(failed)?;
         }
@@ -209,16 +216,17 @@ impl Chart<'_> {
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Names each series at the right, as high as its last mark where there is room, and leads a thin line to it.
-fn names(root: &Area<'_>, mut ends: Vec<((i32, i32), &Series)>, height: i32) -> anyhow::Result<()> {
-    ends.sort_by_key(|((_, y), _)| *y);
+/// Names each series at the right, as high as its last mark where there is room, and leads a thin line to it. The highest comes
+/// first in `ends`.
+fn names(root: &Area<'_>, ends: Vec<(f64, (i32, i32), &Series)>, height: i32) -> anyhow::Result<()> {
     let x = (WIDTH - NAMES_WIDTH) as i32;
-    let wanted: Vec<i32> = ends.iter().map(|((_, y), _)| *y).collect();
-    for ((end, series), y) in ends.into_iter().zip(spread(&wanted, LINE_HEIGHT, height - LINE_HEIGHT)) {
+    let wanted: Vec<i32> = ends.iter().map(|(_, (_, y), _)| *y).collect();
+    for ((_, end, series), y) in ends.into_iter().zip(spread(&wanted, LINE_HEIGHT, height - LINE_HEIGHT)) {
         let lead = vec![(end.0 + 6, end.1), (x + 4, end.1), (x + 20, y)];
         root.draw(&PathElement::new(lead, BLACK.mix(0.2).stroke_width(1))).map_err(failed)?;
         mark(root, (x + 28, y), series.look, 4)?;
-        write(root, &series.name, (x + 38, y), VPos::Center)?;
+        let style = TextStyle::from(("sans-serif", FONT)).pos(Pos::new(HPos::Left, VPos::Center));
+        root.draw(&Text::new(series.name.clone(), (x + 38, y), style)).map_err(failed)?;
     }
     Ok(())
 }
@@ -249,11 +257,6 @@ fn mark(root: &Area<'_>, at: (i32, i32), look: usize, size: u32) -> anyhow::Resu
     .map_err(failed)
 }
 
-fn write(root: &Area<'_>, text: &str, at: (i32, i32), vertical: VPos) -> anyhow::Result<()> {
-    let style = TextStyle::from(("sans-serif", FONT)).pos(Pos::new(HPos::Left, vertical));
-    root.draw(&Text::new(text.to_owned(), at, style)).map_err(failed)
-}
-
 fn failed(error: impl Display) -> anyhow::Error {
     anyhow!("a chart cannot be drawn: {error}")
 }
@@ -281,9 +284,10 @@ mod tests {
         let series = |name: &str, look, points| Series { name: name.to_owned(), look, points };
         let series = vec![series("a < b", 0, vec![point(0.0, 2.0)]), series("c", 7, vec![point(1e9, 2.5), point(3e11, 900.0)])];
         let svg = Chart { x: Axis::Cost("FLOPs"), y: "perplexity", range: (1.0, 4.0), series }.svg().unwrap();
-        for part in ["a &lt; b", "perplexity", "FLOPs", "no shared cost", "1e10", "<polygon", "<circle"] {
+        for part in ["a &lt; b", "perplexity", "FLOPs", "none", "1e10", "<polygon", "<circle"] {
             assert!(svg.contains(part), "{part}: {svg}");
         }
-        assert!(svg.starts_with("<svg") && !svg.contains("\"-"), "{svg}");
+        // No mark stands above the chart.
+        assert!(svg.starts_with("<svg") && !svg.contains(",-"), "{svg}");
     }
 }

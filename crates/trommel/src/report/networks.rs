@@ -32,6 +32,8 @@ pub(super) fn read(run_dir: &Path, clusters: &[Cluster]) -> Result<Vec<Network>>
     let made = std::fs::read_dir(run_dir.join("train")).into_iter().flatten().flatten().map(|entry| entry.path());
     let mut folders: Vec<PathBuf> = made.filter(of_method).collect();
     folders.sort();
+    // Where the clusters are not counted yet, as after a change of plan, the experts have no terms.
+    let proportions = Proportions::read(run_dir).ok();
     let mut networks = Vec::new();
     for folder in folders {
         if !is_finished(&folder)? {
@@ -42,19 +44,16 @@ pub(super) fn read(run_dir: &Path, clusters: &[Cluster]) -> Result<Vec<Network>>
         networks.push(Network {
             name: name.rsplit_once('-').map_or(&*name, |(name, _)| name).to_owned(),
             spectrum: spectrum(&model.config, &model.parameters).map_err(|e| e.file(folder.display()))?,
-            terms: terms(run_dir, clusters, model.config.experts())?,
+            terms: terms(proportions.as_ref(), clusters, model.config.experts())?,
         });
     }
     Ok(networks)
 }
 
 /// What the cluster of each expert is about: terms of the leaves below it, the largest leaf first.
-fn terms(run_dir: &Path, clusters: &[Cluster], experts: usize) -> Result<Vec<String>> {
-    if clusters.is_empty() {
-        return Ok(Vec::new());
-    }
-    let proportions = Proportions::read(run_dir)?;
-    let Some(level) = proportions.level_of(experts) else { return Ok(Vec::new()) };
+fn terms(proportions: Option<&Proportions>, clusters: &[Cluster], experts: usize) -> Result<Vec<String>> {
+    let found = proportions.and_then(|p| Some((p, p.level_of(experts)?)));
+    let Some((proportions, level)) = found else { return Ok(Vec::new()) };
     let mut of_expert: BTreeMap<usize, Vec<&[String]>> = BTreeMap::new();
     for leaf in clusters.iter().filter(|c| c.level == proportions.levels()) {
         of_expert.entry(proportions.node_of(leaf.cluster_id, level)?).or_default().push(&leaf.top_terms);

@@ -12,12 +12,13 @@ use crate::compare::outcome::{Summary, by_domain, known, macro_averages, meaning
 /// Black in a chart is the colour of the text.
 const STYLE: &str = r#"
 :root { color-scheme: light dark; }
-body { background: Canvas; color: CanvasText; font: 16px/1.45 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
+body { background: Canvas; color: CanvasText; font: 16px/1.45 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.9rem; margin: 0.5rem 0 1rem; }
-th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid color-mix(in srgb, CanvasText 20%, transparent); text-align: left; white-space: nowrap; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid color-mix(in srgb, CanvasText 20%, transparent); text-align: left; vertical-align: top; }
+.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .all td { font-weight: 600; }
+.heat th { white-space: nowrap; }
 .heat td { text-align: center; min-width: 1.6rem; padding: 0.2rem 0.3rem; }
 .missing { font-style: italic; }
 figure { margin: 1rem 0 2rem; }
@@ -43,7 +44,7 @@ pub(super) fn page(report: &Report, run_dir: &Path) -> anyhow::Result<String> {
                 h1 { (name) }
                 p { "A report on the run in " code { (run_dir.display()) } "." }
                 (domains(report))
-                (results(report)?)
+                (results(report))
                 @if !report.outcomes.is_empty() { (charts(report)?) }
                 @if !report.networks.is_empty() { (networks(&report.networks)?) }
                 @if let Some(chart) = &report.lead { (lead(chart)) }
@@ -107,8 +108,11 @@ fn domains(report: &Report) -> Markup {
     }
 }
 
-/// Tokens, FLOPs and hours.
+/// Tokens, FLOPs and hours, as `-` where there is no cost.
 fn cost(cost: Cost) -> [String; 3] {
+    if cost.tokens == 0 {
+        return ["-"; 3].map(str::to_owned);
+    }
     [format!("{:.2}M", cost.tokens as f64 / 1e6), format!("{:.2e}", cost.flops), format!("{:.4}", cost.seconds / 3600.0)]
 }
 
@@ -120,19 +124,19 @@ fn best_first(report: &Report) -> Vec<Summary> {
     summaries
 }
 
-fn results(report: &Report) -> anyhow::Result<Markup> {
+fn results(report: &Report) -> Markup {
     let summaries = best_first(report);
     let overview = summaries.iter().map(|s| {
-        let texts = vec![s.name(), meaning(&s.method).to_owned(), known(s.before), known(s.after)];
-        ([texts, cost(s.generic).to_vec(), cost(s.specialise()).to_vec()].concat(), false)
+        let reached = vec![s.name(), known(s.before), known(s.after)];
+        ([reached, cost(s.generic).to_vec(), cost(s.specialise()).to_vec()].concat(), false)
     });
     let header =
-        ["method", "", "before tuning", "fine-tuned", "shared tokens", "FLOPs", "hours", "tokens per domain", "FLOPs", "hours"];
+        ["method", "before tuning", "fine-tuned", "shared tokens", "FLOPs", "hours", "tokens/domain", "FLOPs", "hours"];
     let mut methods: Vec<&str> = summaries.iter().map(|s| s.method.as_str()).collect();
     methods.sort_unstable();
     methods.dedup();
     let domains = by_domain(&report.outcomes);
-    Ok(html! {
+    html! {
         h2 { "Results" }
         @if report.outcomes.is_empty() {
             (missing("There are no results: no model of this run has been evaluated. A pipeline file with `train`, `finetune` and test \
@@ -143,13 +147,13 @@ fn results(report: &Report) -> anyhow::Result<Markup> {
                 "mean and standard deviation over seeds. Costs are means over seeds and domains: what is paid once for all domains, and "
                 "what each domain adds."
             }
-            (table(&header, 2, overview))
+            (table(&header, 1, overview))
             @for method in methods {
                 h3 { (method) " (" (meaning(method)) ")" }
                 (of_method(method, &domains, &summaries))
             }
         }
-    })
+    }
 }
 
 /// The figures of one method on each domain, and over all of them.
@@ -169,23 +173,23 @@ fn of_method(method: &str, domains: &[(String, Summary)], summaries: &[Summary])
 
 fn charts(report: &Report) -> anyhow::Result<Markup> {
     let summaries = best_first(report);
-    let untuned = "This chart is left out: it shows models after tuning, and the run has none on all domains.";
-    let shared = figure(
+    let numbers_of_domains = plots::DOMAINS.map(|n| n.to_string()).join(", ");
+    let shared = figure_or(
         plots::shared_cost(&summaries),
         "Lower is better, and further to the left is cheaper. A bar is the standard deviation over seeds; a mark at the upper edge \
          lies above it, and its name gives the number.",
-        untuned,
+        "This chart is left out: no fine-tuned method of the run has a cost that all domains share.",
     )?;
-    let total = figure(
+    let total = figure_or(
         plots::total_cost(&summaries),
         &format!(
-            "C_total(N) = C_generic + N C_specialise: the small, middle and large mark of a method are its cost for {:?} domains. The \
-             lowest line whose mark lies left of your budget is the method to choose; a short line has paid most of its cost once.",
-            plots::DOMAINS
+            "C_total(N) = C_generic + N C_specialise: the small, middle and large mark of a method are its cost for \
+             {numbers_of_domains} domains. The lowest line whose mark lies left of your budget is the method to choose; a short \
+             line has paid most of its cost once."
         ),
-        untuned,
+        "This chart is left out: no method of the run is fine-tuned on all domains.",
     )?;
-    let clusters = figure(
+    let clusters = figure_or(
         plots::clusters(&summaries, &report.clusters),
         "More clusters match a domain more closely, and fewer give each cluster, or expert, more text.",
         "This chart is left out: no fine-tuned method of the run has clusters of several levels.",
@@ -194,33 +198,35 @@ fn charts(report: &Report) -> anyhow::Result<Markup> {
         h2 { "What it costs" }
         h3 { "Perplexity over the cost that all domains share" }
         (shared)
-        h3 { "Perplexity over the cost of " (format!("{:?}", plots::DOMAINS)) " domains" }
+        h3 { "Perplexity over the cost of " (numbers_of_domains) " domains" }
         (total)
         h3 { "Perplexity over the number of clusters" }
         (clusters)
     })
 }
 
-/// A chart with how to read it, or why it is not there.
-fn figure(chart: Option<anyhow::Result<String>>, reading: &str, left_out: &str) -> anyhow::Result<Markup> {
-    let Some(chart) = chart.transpose()? else { return Ok(missing(left_out)) };
-    Ok(html! { figure { (PreEscaped(chart)) figcaption { (reading) } } })
+/// A chart with how to read it.
+fn figure(chart: anyhow::Result<String>, reading: &str) -> anyhow::Result<Markup> {
+    Ok(html! { figure { (PreEscaped(chart?)) figcaption { (reading) } } })
+}
+
+/// A chart, or why it is not there.
+fn figure_or(chart: Option<anyhow::Result<String>>, reading: &str, left_out: &str) -> anyhow::Result<Markup> {
+    chart.map_or_else(|| Ok(missing(left_out)), |chart| figure(chart, reading))
 }
 
 fn networks(networks: &[Network]) -> anyhow::Result<Markup> {
     let mut sections = Vec::new();
     for network in networks {
         let mlps = figure(
-            Some(values("of MLPs, relative to their mean", &network.spectrum.mlps)),
+            values("singular value of the MLPs", &network.spectrum.mlps),
             "Singular values of the experts' MLPs minus their mean, relative to the mean. A curve that falls at once: a few directions \
              tell the experts apart; a flat one: each expert has learnt something of its own. Its height is how much.",
-            "",
         )?;
         let coefficients = figure(
-            Some(values("of coefficients", &network.spectrum.coefficients)),
+            values("singular value of the coefficients", &network.spectrum.coefficients),
             "Singular values of the coefficients that mix the basis for each expert. The first is what all experts share; as many of \
              the others as are well above zero, so many directions the experts can move in.",
-            "",
         )?;
         sections.push(html! {
             h3 { (network.name) }

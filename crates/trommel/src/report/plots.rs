@@ -16,8 +16,11 @@ pub(super) fn look(method: &str) -> usize {
     METHODS.iter().position(|known| *known == method).unwrap_or(METHODS.len())
 }
 
-/// Macro perplexity over the cost that all domains share; `None` if nothing was fine-tuned.
+/// Macro perplexity over the cost that all domains share; `None` if nothing was fine-tuned, or shares a cost.
 pub(super) fn shared_cost(summaries: &[Summary]) -> Option<anyhow::Result<String>> {
+    if summaries.iter().all(|s| s.generic.flops == 0.0) {
+        return None;
+    }
     let points = |s: &Summary| vec![(s.generic.flops, 4)];
     chart(Axis::Cost("cost that all domains share (FLOPs)"), summaries, points)
 }
