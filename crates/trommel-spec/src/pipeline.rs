@@ -23,7 +23,7 @@ pub struct Pipeline {
     /// The generic corpus that is searched for the domains' kind of text.
     pub corpus: Corpus,
     /// The domain sets, and mixtures of them, by name. A name is lower-case letters, digits, `-` and `_`; `corpus` is taken.
-    #[schemars(length(min = 1))]
+    #[schemars(extend("minProperties" = 1))]
     pub domains: BTreeMap<String, Domain>,
     /// How documents are cut.
     #[serde(default)]

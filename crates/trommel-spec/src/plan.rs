@@ -440,6 +440,8 @@ mod tests {
         let train = "train: {model: slm-1m, tokens: 1M, methods: [slm, slm], experts: {choices: [mixture, mixture]}}";
         let found = check(&format!("{HEAD}domains: {{law: {{train: src/*.rs}}}}\nresample: {{tokens: 1M}}\n{train}\n"));
         assert!(found.len() == 2 && found.iter().all(|m| m.starts_with("p.yaml:5:") && m.contains("unique")), "{found:#?}");
+        let found = check(&format!("{HEAD}domains: {{}}\nresample: {{tokens: 1M}}\n"));
+        assert!(found.len() == 1 && found[0].starts_with("p.yaml:3:"), "{found:#?}");
     }
 
     #[test]

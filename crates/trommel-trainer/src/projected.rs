@@ -145,7 +145,7 @@ impl Tensors {
 }
 
 /// The parameters of the plain model that a mixture of a network's experts projects to: `alpha = M^T (sum_i p_i E_i)`.
-/// `shares` (k) are usually 1 for one expert, or a domain's histogram over the clusters. [SE] for the mixture. With adapters it is
+/// `shares` (k) are usually 1 for one expert, or a domain's histogram over the clusters. \[SE\] for the mixture. With adapters it is
 /// `W + scale * sum_i p_i B_i A_i`.
 pub fn project(config: &Config, parameters: &[f32], shares: &[f64]) -> Result<Vec<f32>> {
     let experts = config.experts();
