@@ -112,7 +112,7 @@ impl Axis<'_> {
         };
         let mut named: Vec<f64> = named.into_iter().filter(|x| (low..=high).contains(x)).collect();
         if numbers.iter().all(|x| self.place(*x).is_some()) {
-            return Scale { ends: (low, high), nothing: low, named };
+            return Scale { ends: (low, high), nothing: f64::NEG_INFINITY, named };
         }
         let nothing = low - 2.0 * margin;
         named.push(nothing);
@@ -133,7 +133,7 @@ impl Axis<'_> {
 /// An axis between two places that names some others. The library's own one with given places cannot format them.
 struct Scale {
     ends: (f64, f64),
-    /// The place of what costs nothing.
+    /// The place of what costs nothing; below the axis if there is none.
     nothing: f64,
     named: Vec<f64>,
 }

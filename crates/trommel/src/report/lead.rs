@@ -12,7 +12,6 @@ use trommel_trainer::checkpoint;
 use trommel_trainer::log::Entry;
 
 use super::chart::{Axis, Chart, Point, Series, extent};
-use super::plots::look;
 use crate::compare::is_finished;
 use crate::compare::outcome::Figure;
 
@@ -31,7 +30,7 @@ struct Mark {
 /// Networks of a run against its plain model, one series per variant with means over seeds; `None` without a pair of them.
 pub(super) fn chart(run_dir: &Path) -> anyhow::Result<Option<String>> {
     let trained = Trained::all(run_dir)?;
-    let mut variants: BTreeMap<(usize, String), Vec<Vec<Mark>>> = BTreeMap::new();
+    let mut variants: BTreeMap<String, Vec<Vec<Mark>>> = BTreeMap::new();
     for method in [Method::SlmPn, Method::LoraMix] {
         for network in trained.iter().filter(|t| t.name.starts_with(&format!("{}-", method.name()))) {
             let plain = trained.iter().find(|t| t.name == Method::Slm.name() && t.seed == network.seed);
@@ -39,13 +38,14 @@ pub(super) fn chart(run_dir: &Path) -> anyhow::Result<Option<String>> {
             let Some(plain) = plain else { continue };
             let parameters = checkpoint::read_model(&plain.folder.join(checkpoint::FOLDER))?.parameters.len();
             let marks = marks(&network.log, &plain.log, parameters as f64);
-            variants.entry((look(method.name()), network.name.clone())).or_default().push(marks);
+            variants.entry(network.name.clone()).or_default().push(marks);
         }
     }
     if variants.is_empty() {
         return Ok(None);
     }
-    let series: Vec<Series> = variants.into_iter().map(|((look, name), seeds)| series(name, look, &seeds)).collect();
+    let series: Vec<Series> =
+        variants.into_iter().enumerate().map(|(look, (name, seeds))| series(name, look, &seeds)).collect();
     let (low, high) = extent(series.iter().flat_map(|s| s.points.iter().map(|p| p.y)).chain([0.0]));
     let margin = 0.08 * (high - low).max(1e-3);
     let chart = Chart {

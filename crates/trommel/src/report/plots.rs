@@ -12,7 +12,7 @@ pub(super) const DOMAINS: [u32; 3] = [1, 7, 50];
 const METHODS: [&str; 11] =
     ["slm", "slm-is", "slm-pn", "slm-nopt", "slm-mix", "llm", "trunk-decay", "dsir", "slm-d", "lora", "lora-mix"];
 
-pub(super) fn look(method: &str) -> usize {
+fn look(method: &str) -> usize {
     METHODS.iter().position(|known| *known == method).unwrap_or(METHODS.len())
 }
 
