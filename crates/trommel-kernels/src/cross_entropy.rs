@@ -9,7 +9,7 @@
 //!   per chunk of rows:   per few rows: logits, losses, gradient of the hidden rows   | meet |   per block of words: sum
 //! ```
 //!
-//! With a [`Teacher`], a task forms the teacher's logits of the same few rows beside them.
+//! With a teacher, a task forms the teacher's logits of the same few rows beside them.
 
 use std::cell::RefCell;
 use std::ops::Range;

@@ -2,11 +2,11 @@
 //!
 //! The gemm crate rearranges its operands anew for each product, which for a weight and the few hundred rows of a sequence
 //! is a sixth of the time. Here the right operand becomes panels of 64 columns, or 32, once for many products, which go tile
-//! by tile; see [`crate::tiles`].
+//! by tile; see `tiles`.
 //!
 //! In `Precision::F32` a step of a product is one number of depth. In `Precision::Bf16` it is a pair of `bf16` in 32 bits, so
 //! that one instruction multiplies and adds twice as many numbers; the left operand is rounded and paired too, once per
-//! product or, as [`Rows`], once for several. Sums are `f32` in both.
+//! product or, as `Rows`, once for several. Sums are `f32` in both.
 //!
 //! Below AVX-512 the gemm crate, which chooses its own instructions, multiplies with each panel; where no instruction
 //! multiplies pairs, the numbers are `f32` that were rounded to `bf16`.
