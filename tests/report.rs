@@ -88,7 +88,7 @@ fn a_report_says_what_the_run_has_found_and_what_is_missing() {
     assert_eq!(names.len(), 6);
     let charts: Vec<&str> = page["charts"].as_array().unwrap().iter().map(|c| c.as_str().unwrap()).collect();
     assert_eq!(charts.len(), 3 + 2 * 2 + 1);
-    assert!(charts[7].contains("slm-pn-level-1") && charts[7].contains("tokens per parameter"), "{}", charts[7]);
+    assert!(charts[7].contains("slm-pn level-1") && charts[7].contains("tokens per parameter"), "{}", charts[7]);
     for name in &names {
         assert!(rows.iter().any(|r| r[0] == *name), "{name}");
         assert!(charts[..2].iter().all(|chart| chart.contains(name.as_str())), "{name}");

@@ -33,7 +33,7 @@ mod version {
     pub(super) const ASSIGN: &str = "assign 2";
     pub(super) const HISTOGRAM: &str = "histogram 1";
     pub(super) const MIXTURE: &str = "mixture 1";
-    pub(super) const WEIGH: &str = "weigh 1";
+    pub(super) const WEIGH: &str = "weigh 2";
     pub(super) const TOKENIZER: &str = "tokenizer 1";
     pub(super) const RESAMPLE: &str = "resample 1";
     pub(super) const SHARD: &str = "shard 1";
@@ -290,7 +290,8 @@ pub fn drawn(plan: &Plan) -> Vec<String> {
 /// clusters.
 pub fn streams(plan: &Plan) -> Vec<String> {
     let by_cluster = plan.spec.shard.by == ShardBy::Cluster;
-    let generic = by_cluster || plan.spec.train.as_ref().is_some_and(|t| t.methods.contains(&Method::Slm));
+    let generic = |method: &Method| matches!(method, Method::Slm | Method::Llm);
+    let generic = by_cluster || plan.spec.train.as_ref().is_some_and(|t| t.methods.iter().any(generic));
     plan.spec.domains.keys().cloned().chain(generic.then(|| CORPUS.to_owned())).collect()
 }
 

@@ -83,6 +83,7 @@ pub struct Domain {
     /// In place of `train`, `test`, `text` and `id`: other domains and their proportions, such as `{law: 0.3, medicine: 0.7}`
     /// (above 0, on any scale). The corpus is weighed and drawn for the mean of their cluster shares in these proportions.
     /// Fine-tuning and evaluation take all of their documents as they are; there is no evaluation unless each has a `test`.
+    /// In averages over domains it counts as one more domain.
     #[schemars(extend("minProperties" = 1))]
     pub mixture: Option<BTreeMap<String, f64>>,
 }

@@ -110,6 +110,19 @@ pub(crate) fn published(model: &Model, tokenizer: &Path) -> Result<Vec<(&'static
     ])
 }
 
+/// The state in `folder` as it stands, or `None` if there is no checkpoint: for a look at what another process may be training.
+/// Unlike [`read_state`], it neither checks the other files nor puts anything in order.
+pub fn peek<S: DeserializeOwned>(folder: &Path) -> Result<Option<S>> {
+    let path = folder.join(STATE);
+    match fs::read(&path) {
+        Ok(bytes) => {
+            serde_json::from_slice(&bytes).map(|file: StateFile<S>| Some(file.state)).map_err(|e| damaged(&path).source(e))
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(damaged(&path).source(e)),
+    }
+}
+
 /// The state in `folder`, or `None` if there is no checkpoint.
 pub fn read_state<S: DeserializeOwned>(folder: &Path) -> Result<Option<S>> {
     // A crash between the two renames of `save` leaves the checkpoint under its old name.

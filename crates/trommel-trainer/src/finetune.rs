@@ -136,7 +136,7 @@ pub fn finetune(
     let start = plan.adapted(plan.read_start()?)?;
     let config = start.config.clone();
     let tokenizer = read_tokenizer(&plan.tokenizer)?;
-    let teacher = plan.teacher.as_ref().map(|teacher| teacher.read(&plan.tokenizer)).transpose()?;
+    let teacher = plan.teacher.as_ref().map(|teacher| teacher.read(&plan.tokenizer, plan.context)).transpose()?;
     let config_of_teacher = teacher.as_ref().map(|teacher| teacher.config.clone());
     let fingerprint = plan.fingerprint(&start, teacher.as_ref())?;
     let folder = plan.out.join(checkpoint::FOLDER);
@@ -344,7 +344,8 @@ impl FinetunePlan {
             tokens,
             epochs: state.position.start.epoch,
             seconds: state.seconds,
-            flops: (config.training_flops_per_token(self.context) + of_teacher) * tokens as f64,
+            flops: (config.training_flops_per_token(self.context) + of_teacher) * tokens as f64
+                + config.network_flops_per_step() * state.step as f64,
             cached,
         }
     }
@@ -356,7 +357,7 @@ fn key_of(parameters: &[f32]) -> String {
 }
 
 impl TeacherPlan {
-    fn read(&self, tokenizer: &Path) -> Result<Teacher> {
+    fn read(&self, tokenizer: &Path, context: usize) -> Result<Teacher> {
         let place = self.checkpoint.display();
         let temperature = self.temperature > 0.0 && self.temperature.is_finite();
         if !((0.0..=1.0).contains(&self.weight) && temperature) {
@@ -366,6 +367,10 @@ impl TeacherPlan {
         }
         let model = checkpoint::read_model(&self.checkpoint)?;
         model.config.check_plain().map_err(|e| e.file(place))?;
+        if model.config.context < context {
+            let message = format!("the teacher sees {} tokens, and the student {context}", model.config.context);
+            return Err(Error::config(message).file(self.checkpoint.display()).hint("take a teacher of as long a context"));
+        }
         let theirs = checkpoint::tokenizer(&self.checkpoint);
         if trommel_core::key::checksum_file(&theirs)? != trommel_core::key::checksum_file(tokenizer)? {
             let hint = "train teacher and student on shards of one tokenizer";

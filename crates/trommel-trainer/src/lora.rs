@@ -8,8 +8,7 @@
 //!   dA = scale * B^T dW        dB = scale * dW A^T        and dW itself, where the model is not frozen
 //! ```
 //!
-//! So a step costs what it costs without adapters. What they save is what has to be stored for each domain, and the moments of
-//! a frozen model.
+//! So a step costs what it costs without adapters, in time and in memory. What they save is what has to be stored for each domain.
 
 use std::ops::Range;
 

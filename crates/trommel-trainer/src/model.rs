@@ -78,8 +78,8 @@ impl Adapters {
     /// `width mlp / (width + mlp)`, so that they hold as many numbers as the MLPs of a [`Projection`] of as many experts.
     pub fn of_experts(experts: usize, model: &Config) -> Self {
         let rank = (model.width * model.mlp / (model.width + model.mlp)).max(1);
-        let mlp = ["gate_proj", "up_proj", "down_proj"].into_iter().skip(usize::from(model.activation == Activation::Gelu));
-        Adapters { experts, rank, alpha: rank as f64, targets: mlp.map(str::to_owned).collect(), frozen: false }
+        let mlp = MLP_MATRICES.iter().skip(usize::from(model.activation == Activation::Gelu));
+        Adapters { experts, rank, alpha: rank as f64, targets: mlp.map(|name| name.to_string()).collect(), frozen: false }
     }
 
     /// What `B A` is multiplied by.
@@ -209,7 +209,8 @@ impl Config {
         }
         let [vocab, width, layers, _, mlp, _] = sizes.map(|size| size as f64);
         let mlps = self.projection.map_or(1.0, |projection| projection.capacity as f64);
-        let parameters = vocab * width + layers * width * (4.0 * width + 3.0 * mlp * mlps);
+        let adapters = self.adapters.as_ref().map_or(0.0, |a| a.experts as f64 * a.rank as f64 * a.targets.len() as f64);
+        let parameters = vocab * width + layers * (width * (4.0 * width + 3.0 * mlp * mlps) + adapters * (width + mlp));
         if parameters > MOST_PARAMETERS {
             return Err(Error::config(format!("a model of {parameters:.0e} parameters is too large")));
         }
@@ -279,9 +280,7 @@ impl Config {
         let plain = self.vocab * self.width + self.layers * (self.block_weights() + 2 * self.width) + self.width;
         if let Some(adapters) = &self.adapters {
             let (width, mlp) = (self.width, self.mlp);
-            let sides = |name: &String| {
-                if ["gate_proj", "up_proj", "down_proj"].contains(&name.as_str()) { width + mlp } else { 2 * width }
-            };
+            let sides = |name: &String| if MLP_MATRICES.contains(&name.as_str()) { width + mlp } else { 2 * width };
             return plain + self.layers * adapters.experts * adapters.rank * adapters.targets.iter().map(sides).sum::<usize>();
         }
         let Some(Projection { experts, expert_size, capacity, .. }) = self.projection else { return plain };
@@ -301,12 +300,34 @@ impl Config {
     }
 
     /// Operations of forward and backward pass per token: three times the forward pass, because each product has two
-    /// gradients of its own size. [Kaplan et al., arXiv 2001.08361] What a projected network adds once per step (mixing its
-    /// experts, and its optimizer) is not counted: it does not grow with the tokens.
+    /// gradients of its own size. [Kaplan et al., arXiv 2001.08361] What a network of experts adds to a step is in
+    /// [`Config::network_flops_per_step`].
     pub fn training_flops_per_token(&self, context: usize) -> f64 {
         3.0 * self.forward_flops_per_token(context)
     }
+
+    /// Operations that a network adds to a step in which all of its `k` experts train, whatever the tokens; zero for a plain model.
+    ///
+    /// A projected network mixes its experts, takes the gradient of their coefficients, and that of the basis, `2 k h` operations
+    /// per number of an MLP each, and multiplies all pairs of the experts' gradients, `2 k^2`. Adapters are merged, and their two
+    /// gradients taken, `2 rank` per number of an adapted matrix each. The optimizer is left out, as it is for plain models.
+    pub fn network_flops_per_step(&self) -> f64 {
+        let experts = self.experts() as f64;
+        let per_layer = match (&self.projection, &self.adapters) {
+            (Some(p), _) => 2.0 * experts * (3.0 * p.capacity as f64 + experts) * self.mlp_weights() as f64,
+            (None, Some(a)) => {
+                let numbers = |name: &String| if MLP_MATRICES.contains(&name.as_str()) { self.mlp } else { self.width };
+                let adapted = self.width * a.targets.iter().map(numbers).sum::<usize>();
+                6.0 * experts * a.rank as f64 * adapted as f64
+            }
+            (None, None) => 0.0,
+        };
+        self.layers as f64 * per_layer
+    }
 }
+
+/// The matrices of an MLP, by their names in `transformers`.
+const MLP_MATRICES: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
 #[cfg(test)]
 mod tests {
@@ -337,6 +358,19 @@ mod tests {
         let config = preset("slm-3m", 4096).unwrap();
         let weights = (config.parameters() - 192 * 9) as f64;
         assert_eq!(config.training_flops_per_token(255), 6.0 * weights + 6.0 * (4 * 192) as f64 * 256.0);
+    }
+
+    #[test]
+    fn a_network_costs_more_per_step() {
+        let plain = preset("slm-3m", 4096).unwrap();
+        assert_eq!(plain.network_flops_per_step(), 0.0);
+        let network = Config { projection: Some(Projection::new(4)), ..plain.clone() };
+        // Four layers; 4 experts, 5 MLPs in the basis.
+        assert_eq!(network.network_flops_per_step(), 4.0 * 2.0 * 4.0 * (3.0 * 5.0 + 4.0) * plain.mlp_weights() as f64);
+        let targets = vec!["q_proj".to_owned(), "up_proj".to_owned()];
+        let adapters = Adapters { experts: 4, rank: 8, alpha: 8.0, targets, frozen: false };
+        let adapted = Config { adapters: Some(adapters), ..plain };
+        assert_eq!(adapted.network_flops_per_step(), 4.0 * 6.0 * 4.0 * 8.0 * (192.0 * 192.0 + 192.0 * 512.0));
     }
 
     #[test]

@@ -67,13 +67,14 @@ pub struct TrainReport {
     pub steps: u64,
     /// Tokens trained on, repeats included.
     pub tokens: u64,
-    /// Whole passes over the shards; over the cluster that was read most often, if they are read by cluster.
+    /// Whole passes over the shards; over the cluster that was read most often, if they are read by cluster, a trunk's passes
+    /// included.
     pub epochs: u64,
     /// Mean loss of the last tenth of the steps, in nats per token.
     pub loss: f64,
     /// Time of training over all sittings, in seconds.
     pub seconds: f64,
-    /// Floating-point operations of all steps; see [`Config::training_flops_per_token`].
+    /// Floating-point operations of all steps; see [`Config::training_flops_per_token`] and [`Config::network_flops_per_step`].
     pub flops: f64,
     /// Whether the run was found finished, and nothing was done.
     pub cached: bool,
@@ -293,7 +294,8 @@ impl PretrainPlan {
             epochs: state.position.epochs(),
             loss: state.last_losses / steps.div_ceil(10) as f64,
             seconds: state.seconds,
-            flops: self.model.training_flops_per_token(self.context) * tokens as f64,
+            flops: self.model.training_flops_per_token(self.context) * tokens as f64
+                + self.model.network_flops_per_step() * steps as f64,
             cached,
         }
     }

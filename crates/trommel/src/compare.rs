@@ -11,13 +11,13 @@ pub(crate) mod outcome;
 /// Which models a plan pretrains, on which text.
 mod pretrainings;
 /// Training on the documents of a domain.
-mod tune;
+pub(crate) mod tune;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::Device;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use trommel_core::error::{Error, Result};
 use trommel_core::key::Key;
 use trommel_core::manifest::Manifest;
@@ -84,6 +84,31 @@ pub(crate) struct Comparison<'a> {
     pub(crate) interrupt: &'a Interrupt,
 }
 
+/// A pretraining of the plan that a run directory was last run with.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Listed {
+    pub(crate) method: Method,
+    pub(crate) variant: String,
+    pub(crate) seed: u64,
+    /// The folder of its training.
+    pub(crate) out: PathBuf,
+}
+
+/// The file that lists them, in a run directory; folders of earlier plans may lie beside theirs.
+const LIST: &str = "train/plan.json";
+
+/// The pretrainings that are listed and finished; none without a list.
+pub(crate) fn finished(run_dir: &Path) -> Result<Vec<Listed>> {
+    let text = std::fs::read(run_dir.join(LIST)).unwrap_or_else(|_| b"[]".to_vec());
+    let listed: Vec<Listed> = serde_json::from_slice(&text).map_err(|e| {
+        let error = Error::data("the list of trainings is damaged").file(run_dir.join(LIST).display());
+        error.source(e).hint("run the pipeline again, which writes it")
+    })?;
+    let at = |model: Listed| Listed { out: run_dir.join("train").join(&model.out), ..model };
+    let finished = |model: &Listed| is_finished(&model.out).map(|done| done.then(|| model.clone())).transpose();
+    listed.into_iter().map(at).collect::<Vec<_>>().iter().filter_map(finished).collect()
+}
+
 /// Whether the training in the folder `out` is finished.
 pub(crate) fn is_finished(out: &Path) -> Result<bool> {
     /// What every kind of training keeps of its progress.
@@ -91,7 +116,7 @@ pub(crate) fn is_finished(out: &Path) -> Result<bool> {
     struct State {
         finished: bool,
     }
-    let state: Option<State> = checkpoint::read_state(&out.join(checkpoint::FOLDER))?;
+    let state: Option<State> = checkpoint::peek(&out.join(checkpoint::FOLDER))?;
     Ok(state.is_some_and(|s| s.finished))
 }
 
@@ -221,7 +246,9 @@ impl Comparison<'_> {
 
     fn pretrain(&self, train: &Train, proportions: Option<&Proportions>, cached: &mut bool) -> Result<Vec<Trained>> {
         let mut all: Vec<Trained> = Vec::new();
-        for what in pretrainings(self.plan, train, proportions)? {
+        let wanted = pretrainings(self.plan, train, proportions)?;
+        self.list(train, &wanted, proportions)?;
+        for what in wanted {
             let shards = match &what.text {
                 Text::Shards(of) => self.shards(what.method, of)?,
                 _ => self.shards(what.method, CORPUS)?,
@@ -257,6 +284,17 @@ impl Comparison<'_> {
             all.push(Trained { what, out: plan.out, cost });
         }
         Ok(all)
+    }
+
+    /// Writes which trainings are this plan's.
+    fn list(&self, train: &Train, wanted: &[Pretraining], proportions: Option<&Proportions>) -> Result<()> {
+        let listed = |what: &Pretraining| {
+            let out = PathBuf::from(stem(&what.folder(self.plan, train, self.outputs, proportions)?));
+            Ok(Listed { method: what.method, variant: what.variant.clone(), seed: what.seed, out })
+        };
+        let listed = wanted.iter().map(listed).collect::<Result<Vec<_>>>()?;
+        let text = serde_json::to_vec_pretty(&listed).map_err(|e| Error::internal("no list of trainings").source(e))?;
+        write_bytes(&self.plan.run_dir.join(LIST), &text)
     }
 
     /// The models that a domain starts from, one per method, variant and seed.

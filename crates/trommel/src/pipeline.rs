@@ -19,6 +19,7 @@ use trommel_trainer::{device, model};
 use crate::args::{PipelineArguments, PlanArguments, RunArguments, SchemaArguments, SchemaKind, Until};
 use crate::compare::Comparison;
 use crate::compare::outcome::result_table;
+use crate::compare::tune::wrong_adapters;
 use crate::progress;
 use crate::table::{bytes, known, table};
 
@@ -39,8 +40,9 @@ pub(crate) fn load(file: &Path, overlays: &[String], run_dir: Option<&Path>) -> 
     let plan = plan::load(file, overlays, run_dir).map_err(Mistakes)?;
     // The presets are the trainer's, so this one check is not the spec's.
     let names = plan.spec.train.iter().flat_map(|train| [Some(&train.model), train.llm.as_ref()]).flatten();
-    let mistakes: Vec<Error> =
-        names.filter_map(|name| model::preset(name, 8192).err()).map(|e| e.file(file.display())).collect();
+    let mut mistakes: Vec<Error> = names.filter_map(|name| model::preset(name, 8192).err()).collect();
+    mistakes.extend(wrong_adapters(&plan));
+    let mistakes: Vec<Error> = mistakes.into_iter().map(|e| e.file(file.display())).collect();
     if !mistakes.is_empty() {
         return Err(Mistakes(mistakes));
     }

@@ -219,8 +219,9 @@ impl Pretraining {
         proportions: Option<&Proportions>,
     ) -> Result<PathBuf> {
         let preset = self.preset(train);
-        let capacity = train.experts.capacity.filter(|_| matches!(self.text, Text::Experts { .. }));
-        let settings = json(&(preset, train.context, train.tokens, train.schedule, train.precision, capacity));
+        let capacity = train.experts.capacity.filter(|_| self.method == Method::SlmPn);
+        let schedule = (self.phase == Phase::Whole).then_some(train.schedule);
+        let settings = json(&(preset, train.context, train.tokens, schedule, train.precision, capacity));
         // Shards by cluster do not depend on the proportions that they are drawn in.
         let mixture = json(&if proportions.is_some() { self.mixture(proportions)? } else { None });
         let shards = outputs.shards_key_of(self.method).0.to_le_bytes();

@@ -10,7 +10,7 @@ use trommel_spec::pipeline::{Distill, Finetune, Lora, LoraBase, Method, Schedule
 use trommel_spec::plan::Plan;
 use trommel_trainer::checkpoint;
 use trommel_trainer::finetune::{FinetunePlan, FinetuneReport, PATIENCE, Start, TeacherPlan, finetune};
-use trommel_trainer::model::{Adapters, Config};
+use trommel_trainer::model::{Adapters, Config, preset};
 use trommel_trainer::recipe::Recipe;
 
 use super::pretrainings::{folder, json};
@@ -24,12 +24,14 @@ pub(super) struct Tuning {
     seed: u64,
     teacher: Option<(PathBuf, Distill)>,
     lora: Option<Lora>,
+    /// Whether it starts from fresh weights.
+    scratch: bool,
 }
 
 impl Tuning {
     /// The fine-tuning of the model in `start`.
     pub(super) fn of(start: &Path, seed: u64, finetune: &Finetune) -> Tuning {
-        Tuning { name: stem(start), tokens: finetune.tokens.0, seed, teacher: None, lora: None }
+        Tuning { name: stem(start), tokens: finetune.tokens.0, seed, teacher: None, lora: None, scratch: false }
     }
 
     /// The fine-tuning of the model in `start`, which the fine-tuned model in `teacher` teaches.
@@ -51,7 +53,7 @@ impl Tuning {
         let tuning = |offset: u32| {
             let seed = plan.spec.seed + u64::from(offset);
             let name = if seeds > 1 { format!("{}-seed-{seed}", method.name()) } else { method.name().to_owned() };
-            Tuning { name, tokens: train.tokens.0, seed, teacher: None, lora: None }
+            Tuning { name, tokens: train.tokens.0, seed, teacher: None, lora: None, scratch: true }
         };
         (0..seeds).map(tuning).collect()
     }
@@ -59,7 +61,10 @@ impl Tuning {
     /// The folder of its training: the name says what it is, the key what it depends on.
     pub(super) fn folder(&self, plan: &Plan, outputs: &Outputs, train: &Train, domain: &DomainDocuments) -> PathBuf {
         let teacher = self.teacher.as_ref().map(|(folder, distill)| (stem(folder), distill));
-        let settings = json(&(&train.model, train.context, train.schedule, train.precision, self.tokens, teacher, &self.lora));
+        let lora = self.lora.as_ref().map(|lora| (lora.rank, lora.alpha, &lora.targets));
+        // The name of a start says which model it is; one that sees the domain only has no start.
+        let scratch = self.scratch.then_some((&train.model, train.schedule));
+        let settings = json(&(scratch, train.context, train.precision, self.tokens, teacher, lora));
         let depends_on = [&outputs.shards_key.0.to_le_bytes()[..], &settings, &self.seed.to_le_bytes(), &domain.key()];
         folder(plan, "finetune", &format!("{}-on-{}", self.name, domain.name), &depends_on)
     }
@@ -191,6 +196,17 @@ impl Comparison<'_> {
         *cached &= report.cached;
         Ok((plan.out, report))
     }
+}
+
+/// What is wrong with the adapters that a plan asks for.
+pub(crate) fn wrong_adapters(plan: &Plan) -> Vec<Error> {
+    let (Some(train), Some(finetune)) = (&plan.spec.train, &plan.spec.finetune) else { return Vec::new() };
+    let wanted = finetune.lora.of.iter().filter(|_| train.methods.contains(&Method::Lora));
+    let names = wanted.filter_map(|base| if *base == LoraBase::Llm { train.llm.as_ref() } else { Some(&train.model) });
+    // The vocabulary is not known yet, and adapters do not depend on it.
+    let models = names.filter_map(|name| preset(name, 8192).ok());
+    let check = |model: Config| Config { adapters: Some(adapters(&finetune.lora, &model)), ..model }.check();
+    models.filter_map(|model| check(model).err()).collect()
 }
 
 /// The adapters that a file asks for, of one model.

@@ -4,7 +4,7 @@
 //! in a step is paired: what a step's text adds to both is gone, and a difference far below the noise of either loss shows.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use trommel_core::error::{Error, Result};
 use trommel_spec::pipeline::Method;
@@ -12,7 +12,7 @@ use trommel_trainer::checkpoint;
 use trommel_trainer::log::Entry;
 
 use super::chart::{Axis, Chart, Point, Series, extent};
-use crate::compare::is_finished;
+use crate::compare::finished;
 use crate::compare::outcome::Figure;
 
 /// Stretches that a training is cut into; a mark is the mean of one.
@@ -29,17 +29,15 @@ struct Mark {
 
 /// Networks of a run against its plain model, one series per variant with means over seeds; `None` without a pair of them.
 pub(super) fn chart(run_dir: &Path) -> anyhow::Result<Option<String>> {
-    let trained = Trained::all(run_dir)?;
+    let models = finished(run_dir)?;
     let mut variants: BTreeMap<String, Vec<Vec<Mark>>> = BTreeMap::new();
-    for method in [Method::SlmPn, Method::LoraMix] {
-        for network in trained.iter().filter(|t| t.name.starts_with(&format!("{}-", method.name()))) {
-            let plain = trained.iter().find(|t| t.name == Method::Slm.name() && t.seed == network.seed);
-            let plain = plain.filter(|plain| plain.log.len() == network.log.len());
-            let Some(plain) = plain else { continue };
-            let parameters = checkpoint::read_model(&plain.folder.join(checkpoint::FOLDER))?.parameters.len();
-            let marks = marks(&network.log, &plain.log, parameters as f64);
-            variants.entry(network.name.clone()).or_default().push(marks);
-        }
+    for network in models.iter().filter(|model| [Method::SlmPn, Method::LoraMix].contains(&model.method)) {
+        let plain = models.iter().find(|model| model.method == Method::Slm && model.seed == network.seed);
+        let Some(plain) = plain else { continue };
+        let parameters = checkpoint::read_model(&plain.out.join(checkpoint::FOLDER))?.parameters.len();
+        let [network_log, plain_log] = [network, plain].map(|model| read_log(&model.out.join("log.jsonl")));
+        let marks = marks(&network_log?, &plain_log?, parameters as f64);
+        variants.entry(format!("{} {}", network.method.name(), network.variant)).or_default().push(marks);
     }
     if variants.is_empty() {
         return Ok(None);
@@ -55,40 +53,6 @@ pub(super) fn chart(run_dir: &Path) -> anyhow::Result<Option<String>> {
         series,
     };
     chart.svg().map(Some)
-}
-
-/// A finished pretraining.
-struct Trained {
-    folder: PathBuf,
-    /// Of the folder, without seed and key.
-    name: String,
-    seed: Option<String>,
-    log: Vec<Entry>,
-}
-
-impl Trained {
-    /// Those of a run that can be compared: plain models and networks.
-    fn all(run_dir: &Path) -> Result<Vec<Trained>> {
-        let made = std::fs::read_dir(run_dir.join("train")).into_iter().flatten().flatten().map(|entry| entry.path());
-        let mut folders: Vec<PathBuf> = made.collect();
-        folders.sort();
-        let mut all = Vec::new();
-        for folder in folders {
-            let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let name = name.rsplit_once('-').map_or(&*name, |(name, _)| name);
-            let (name, seed) = match name.rsplit_once("-seed-") {
-                Some((name, seed)) => (name.to_owned(), Some(seed.to_owned())),
-                None => (name.to_owned(), None),
-            };
-            let wanted =
-                name == Method::Slm.name() || [Method::SlmPn, Method::LoraMix].iter().any(|m| name.starts_with(m.name()));
-            if wanted && is_finished(&folder)? {
-                let log = read_log(&folder.join("log.jsonl"))?;
-                all.push(Trained { folder, name, seed, log });
-            }
-        }
-        Ok(all)
-    }
 }
 
 fn read_log(path: &Path) -> Result<Vec<Entry>> {

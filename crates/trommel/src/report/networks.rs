@@ -1,7 +1,7 @@
 //! What the experts of a run's projected networks have learnt. [PE 2.5]
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use trommel_core::error::Result;
 use trommel_pipeline::proportions::Proportions;
@@ -11,39 +11,35 @@ use trommel_trainer::spectrum::{Spectrum, spectrum};
 
 use super::Cluster;
 use super::chart::{Axis, Chart, Point, Series};
-use crate::compare::is_finished;
+use crate::compare::finished;
 
+/// Experts whose distances fit a page.
+const MOST: usize = 64;
 /// Terms that name an expert.
 const TERMS: usize = 5;
 
 /// A projected network.
 pub(super) struct Network {
-    /// That of its folder, without the key.
+    /// Its method, variant and seed.
     pub(super) name: String,
     pub(super) spectrum: Spectrum,
     /// What the cluster of each expert is about; empty if the run has no level with as many clusters.
     pub(super) terms: Vec<String>,
 }
 
-/// Every projected network of a run whose training is finished.
+/// Every projected network of a run whose training is finished, but for those of more than [`MOST`] experts.
 pub(super) fn read(run_dir: &Path, clusters: &[Cluster]) -> Result<Vec<Network>> {
-    let prefix = format!("{}-", Method::SlmPn.name());
-    let of_method = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix));
-    let made = std::fs::read_dir(run_dir.join("train")).into_iter().flatten().flatten().map(|entry| entry.path());
-    let mut folders: Vec<PathBuf> = made.filter(of_method).collect();
-    folders.sort();
     // Where the clusters are not counted yet, as after a change of plan, the experts have no terms.
     let proportions = Proportions::read(run_dir).ok();
     let mut networks = Vec::new();
-    for folder in folders {
-        if !is_finished(&folder)? {
+    for network in finished(run_dir)?.into_iter().filter(|model| model.method == Method::SlmPn) {
+        let model = checkpoint::read_model(&network.out.join(checkpoint::FOLDER))?;
+        if model.config.experts() > MOST {
             continue;
         }
-        let model = checkpoint::read_model(&folder.join(checkpoint::FOLDER))?;
-        let name = folder.file_name().unwrap_or_default().to_string_lossy();
         networks.push(Network {
-            name: name.rsplit_once('-').map_or(&*name, |(name, _)| name).to_owned(),
-            spectrum: spectrum(&model.config, &model.parameters).map_err(|e| e.file(folder.display()))?,
+            name: format!("{} {}, seed {}", network.method.name(), network.variant, network.seed),
+            spectrum: spectrum(&model.config, &model.parameters).map_err(|e| e.file(network.out.display()))?,
             terms: terms(proportions.as_ref(), clusters, model.config.experts())?,
         });
     }

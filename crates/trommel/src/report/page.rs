@@ -144,7 +144,7 @@ fn results(report: &Report) -> Markup {
         } @else {
             p {
                 "Perplexity on held-out documents, the macro average over domains: exp of the mean over domains of the loss per token; "
-                "mean and standard deviation over seeds. Costs are means over seeds and domains: what is paid once for all domains, and "
+                "mean and standard deviation over seeds; of a single model on one domain, the standard error over documents. Costs are means over seeds and domains: what is paid once for all domains, and "
                 "what each domain adds."
             }
             (table(&header, 1, overview))
@@ -176,7 +176,7 @@ fn charts(report: &Report) -> anyhow::Result<Markup> {
     let numbers_of_domains = plots::DOMAINS.map(|n| n.to_string()).join(", ");
     let shared = figure_or(
         plots::shared_cost(&summaries),
-        "Lower is better, and further to the left is cheaper. A bar is the standard deviation over seeds; a mark at the upper edge \
+        "Lower is better, and further to the left is cheaper. A bar is that deviation or error; a mark at the upper edge \
          lies above it, and its name gives the number.",
         "This chart is left out: no fine-tuned method of the run has a cost that all domains share.",
     )?;
@@ -237,6 +237,7 @@ fn networks(networks: &[Network]) -> anyhow::Result<Markup> {
     }
     Ok(html! {
         h2 { "Projected networks" }
+        p { "Those of at most 64 experts." }
         @for section in &sections { (section) }
     })
 }

@@ -18,7 +18,7 @@ fn look(method: &str) -> usize {
 
 /// Macro perplexity over the cost that all domains share; `None` if nothing was fine-tuned, or shares a cost.
 pub(super) fn shared_cost(summaries: &[Summary]) -> Option<anyhow::Result<String>> {
-    if summaries.iter().all(|s| s.generic.flops == 0.0) {
+    if summaries.iter().all(|s| s.after.is_none() || s.generic.flops == 0.0) {
         return None;
     }
     let points = |s: &Summary| vec![(s.generic.flops, 4)];
