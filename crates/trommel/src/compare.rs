@@ -120,8 +120,7 @@ pub(crate) fn is_finished(out: &Path) -> Result<bool> {
     Ok(state.is_some_and(|s| s.finished))
 }
 
-/// The state of the stages that follow the shards: what a run would find done. Which projections of a network a domain starts from
-/// only a run can tell; one of them is enough here.
+/// The state of the stages that follow the shards: what a run would find done.
 pub(crate) fn survey(plan: &Plan) -> Result<Vec<StageReport>> {
     let Some(train) = &plan.spec.train else { return Ok(Vec::new()) };
     let outputs = Outputs::of(plan, load_embedder(plan)?.key())?;
@@ -152,20 +151,18 @@ pub(crate) fn survey(plan: &Plan) -> Result<Vec<StageReport>> {
             if !what.serves(&domain.name, proportions.as_ref())? {
                 continue;
             }
-            let mut starts = what.starts(plan, out);
-            let Some(finetune) = &plan.spec.finetune else {
-                evaluated &= starts.iter().any(|start| measured("pretrained", start));
-                continue;
-            };
-            let mut done = Vec::new();
-            for start in starts.drain(..) {
-                let model = folder(&Tuning::of(&start, what.seed, finetune));
-                if is_finished(&model)? {
-                    done.push(measured("pretrained", &start) && measured("finetuned", &model));
+            let starts = what.starts(plan, train, domain, out, proportions.as_ref())?;
+            (tuned, evaluated) = (tuned && starts.is_some(), evaluated && starts.is_some());
+            for choice in starts.unwrap_or_default() {
+                let mut measured_one = false;
+                for start in choice {
+                    let model = plan.spec.finetune.as_ref().map(|finetune| folder(&Tuning::of(&start, what.seed, finetune)));
+                    tuned &= model.as_deref().map_or(Ok(true), is_finished)?;
+                    let after = model.is_none_or(|model| measured("finetuned", &model));
+                    measured_one |= after && measured("pretrained", &start);
                 }
+                evaluated &= measured_one;
             }
-            tuned &= !done.is_empty();
-            evaluated &= done.contains(&true);
         }
         if let Some(finetune) = &plan.spec.finetune {
             let kinds: Vec<_> = models.iter().map(|(what, _)| (what.method, what.seed)).collect();

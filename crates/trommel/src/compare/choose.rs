@@ -1,17 +1,18 @@
 //! How a projected network becomes one small model for a domain. [PE 2.5; the mixture is that of SE]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use trommel_core::error::{Error, Result};
 use trommel_core::key::Key;
 use trommel_core::storage::write_bytes;
 use trommel_pipeline::proportions::Proportions;
 use trommel_spec::pipeline::{Choice, Train};
+use trommel_spec::plan::Plan;
 use trommel_trainer::checkpoint;
 use trommel_trainer::evaluate::expert_losses;
 use trommel_trainer::projected;
 
-use super::{Candidate, Comparison, DomainDocuments, Trained, cost_of};
+use super::{Candidate, Comparison, DomainDocuments, Trained, cost_of, stem};
 
 /// A trained network, and what its experts stand for.
 pub(super) struct Network<'a> {
@@ -31,7 +32,7 @@ impl Comparison<'_> {
         cached: &mut bool,
     ) -> Result<Vec<Candidate>> {
         let histogram = network.proportions.histogram(&domain.name, network.level)?;
-        let only = |expert: usize| (0..histogram.len()).map(|i| f64::from(u8::from(i == expert))).collect::<Vec<_>>();
+        let only = |expert: usize| only(expert, histogram.len());
         let mut made = Vec::new();
         for choice in &train.experts.choices {
             let mut cost = candidate.cost;
@@ -40,7 +41,7 @@ impl Comparison<'_> {
                 Choice::Mixture => histogram.clone(),
                 Choice::LowestLoss => {
                     let losses = self.losses(network, domain, train.context as usize, cached)?;
-                    only(top(&losses.iter().map(|loss| -loss).collect::<Vec<_>>()))
+                    only(lowest(&losses))
                 }
                 Choice::BestTuned => {
                     let mut tries = Vec::new();
@@ -61,11 +62,9 @@ impl Comparison<'_> {
         Ok(made)
     }
 
-    /// The folder of the small model that a mixture of a network's experts projects to; equal mixtures share it.
+    /// Makes the small model that a mixture of a network's experts projects to.
     fn project(&self, network: &Network<'_>, shares: &[f64], cached: &mut bool) -> Result<PathBuf> {
-        let from = network.model.out.file_name().unwrap_or_default().to_string_lossy();
-        let bytes: Vec<u8> = shares.iter().flat_map(|share| share.to_le_bytes()).collect();
-        let out = self.plan.run_dir.join("project").join(format!("{from}-{}", Key::of_bytes(&bytes).short()));
+        let out = projection(self.plan, &network.model.out, shares);
         let folder = out.join(checkpoint::FOLDER);
         if checkpoint::read_state::<serde_json::Value>(&folder)?.is_none() {
             *cached = false;
@@ -76,20 +75,66 @@ impl Comparison<'_> {
 
     /// The loss of every expert on the validation documents, before fine-tuning; kept in a file.
     fn losses(&self, network: &Network<'_>, domain: &DomainDocuments, context: usize, cached: &mut bool) -> Result<Vec<f64>> {
-        let from = network.model.out.file_name().unwrap_or_default().to_string_lossy();
-        let key = Key::of(domain.validation.iter()).short();
-        let path = self.plan.run_dir.join("project").join(format!("{from}-losses-on-{}-{key}.json", domain.name));
-        if let Some(found) = std::fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok()) {
+        let path = losses_file(self.plan, &network.model.out, domain);
+        if let Some(found) = read_losses(&path) {
             return Ok(found);
         }
         *cached = false;
-        self.progress.line(&format!("trying the experts of {from} on {}", domain.name));
+        self.progress.line(&format!("trying the experts of {} on {}", stem(&network.model.out), domain.name));
         let checkpoint = network.model.out.join(checkpoint::FOLDER);
         let losses = expert_losses(&checkpoint, &domain.validation, context, self.device, self.interrupt)?;
         let text = serde_json::to_vec(&losses).map_err(|e| Error::internal("no losses").source(e))?;
         write_bytes(&path, &text)?;
         Ok(losses)
     }
+}
+
+/// The projections of the network in `out` that a domain starts from, for each choice of the plan; `None` before a choice can be made.
+/// For the best one after tuning that is every expert's.
+pub(super) fn expected(
+    plan: &Plan,
+    train: &Train,
+    domain: &DomainDocuments,
+    out: &Path,
+    histogram: &[f64],
+) -> Option<Vec<Vec<PathBuf>>> {
+    let experts = histogram.len();
+    let of = |shares: &[f64]| projection(plan, out, shares);
+    let starts = |choice: &Choice| {
+        Some(match choice {
+            Choice::TopCluster => vec![of(&only(top(histogram), experts))],
+            Choice::Mixture => vec![of(histogram)],
+            Choice::LowestLoss => vec![of(&only(lowest(&read_losses(&losses_file(plan, out, domain))?), experts))],
+            Choice::BestTuned => (0..experts).map(|expert| of(&only(expert, experts))).collect(),
+        })
+    };
+    train.experts.choices.iter().map(starts).collect()
+}
+
+/// The folder of a projection of the network in `out`; equal mixtures share it.
+fn projection(plan: &Plan, out: &Path, shares: &[f64]) -> PathBuf {
+    let bytes: Vec<u8> = shares.iter().flat_map(|share| share.to_le_bytes()).collect();
+    plan.run_dir.join("project").join(format!("{}-{}", stem(out), Key::of_bytes(&bytes).short()))
+}
+
+/// The file that keeps the losses of the experts of the network in `out`.
+fn losses_file(plan: &Plan, out: &Path, domain: &DomainDocuments) -> PathBuf {
+    let key = Key::of(domain.validation.iter()).short();
+    plan.run_dir.join("project").join(format!("{}-losses-on-{}-{key}.json", stem(out), domain.name))
+}
+
+fn read_losses(path: &Path) -> Option<Vec<f64>> {
+    std::fs::read(path).ok().and_then(|text| serde_json::from_slice(&text).ok())
+}
+
+/// All of one expert.
+fn only(expert: usize, experts: usize) -> Vec<f64> {
+    (0..experts).map(|i| f64::from(u8::from(i == expert))).collect()
+}
+
+/// The place of the smallest number; the first one of equals.
+fn lowest(numbers: &[f64]) -> usize {
+    top(&numbers.iter().map(|x| -x).collect::<Vec<_>>())
 }
 
 /// The place of the largest number; the first one of equals.

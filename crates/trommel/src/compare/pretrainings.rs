@@ -13,8 +13,8 @@ use trommel_spec::plan::Plan;
 use trommel_trainer::mixture::Share;
 use trommel_trainer::model::{Adapters, Config, Projection};
 
-use super::choose::top;
-use super::stem;
+use super::DomainDocuments;
+use super::choose::{expected, top};
 
 /// One model to pretrain.
 #[derive(Debug, Clone, PartialEq)]
@@ -198,15 +198,19 @@ impl Pretraining {
         Ok(top(&known(proportions)?.histogram(domain, level)?) == node)
     }
 
-    /// The folders of the models that fine-tuning may start from, once it is trained into `out`: those that a network was projected
-    /// to, or itself.
-    pub(super) fn starts(&self, plan: &Plan, out: &Path) -> Vec<PathBuf> {
-        if !matches!(self.text, Text::Experts { .. }) {
-            return vec![out.to_owned()];
-        }
-        let prefix = format!("{}-", stem(out));
-        let made = std::fs::read_dir(plan.run_dir.join("project")).into_iter().flatten().flatten();
-        made.filter(|e| e.file_name().to_string_lossy().starts_with(&prefix)).map(|e| e.path()).collect()
+    /// The folders of the models that a domain starts from, once it is trained into `out`: itself, or a network's projections,
+    /// those of one choice together; `None` before they can be known.
+    pub(super) fn starts(
+        &self,
+        plan: &Plan,
+        train: &Train,
+        domain: &DomainDocuments,
+        out: &Path,
+        proportions: Option<&Proportions>,
+    ) -> Result<Option<Vec<Vec<PathBuf>>>> {
+        let Text::Experts { level } = self.text else { return Ok(Some(vec![vec![out.to_owned()]])) };
+        let histogram = known(proportions)?.histogram(&domain.name, level)?;
+        Ok(expected(plan, train, domain, out, &histogram))
     }
 
     /// The folder of its training: the name says what it is, the key what it depends on. So a new domain leaves alone what others
