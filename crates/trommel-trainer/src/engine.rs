@@ -143,7 +143,7 @@ impl Engine {
         }
     }
 
-    /// Makes the model of expert `i` of a projected network, which the next batches run through. A plain model is its own
+    /// Makes the model of expert `i` of a network, which the next batches run through. A plain model is its own
     /// only expert.
     pub fn select_expert(&mut self, i: usize) {
         match &mut self.place {

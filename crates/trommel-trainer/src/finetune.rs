@@ -101,7 +101,7 @@ pub struct FinetuneReport {
     pub epochs: u64,
     /// Time over all sittings, in seconds.
     pub seconds: f64,
-    /// Floating-point operations of all steps; see [`Config::training_flops_per_token`].
+    /// Floating-point operations of all steps, a teacher's and an adapter's included; see [`Config::training_flops_per_token`].
     pub flops: f64,
     /// Whether the run was found finished, and nothing was done.
     pub cached: bool,
