@@ -82,6 +82,13 @@ impl Adapters {
         Adapters { experts, rank, alpha: rank as f64, targets: mlp.map(|name| name.to_string()).collect(), frozen: false }
     }
 
+    /// Adapters to fine-tune `model` through. Unless they are given, `alpha` is twice the rank, and every matrix is a target.
+    pub fn for_tuning(model: &Config, rank: usize, alpha: Option<f64>, targets: Option<Vec<String>>) -> Self {
+        let all = || model.matrices().into_iter().map(str::to_owned).collect();
+        let (alpha, targets) = (alpha.unwrap_or(2.0 * rank as f64), targets.unwrap_or_else(all));
+        Adapters { experts: 1, rank, alpha, targets, frozen: true }
+    }
+
     /// What `B A` is multiplied by.
     pub fn scale(&self) -> f32 {
         (self.alpha / self.rank as f64) as f32
@@ -241,7 +248,7 @@ impl Config {
     }
 
     /// The matrices of a block, by their names in `transformers`.
-    pub fn matrices(&self) -> Vec<&'static str> {
+    fn matrices(&self) -> Vec<&'static str> {
         let all = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
         all.into_iter().filter(|name| self.activation == Activation::SwiGlu || *name != "gate_proj").collect()
     }

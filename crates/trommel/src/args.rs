@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use trommel_spec::pipeline::Distill;
 
 use crate::project::ChoiceArgument;
 
@@ -188,10 +189,10 @@ pub(crate) struct FinetuneArguments {
     #[arg(long, value_name = "CHECKPOINT")]
     pub(crate) teacher: Option<PathBuf>,
     /// Share of the loss against the teacher's next-word distributions (0 to 1).
-    #[arg(long, default_value_t = 0.5, requires = "teacher")]
+    #[arg(long, default_value_t = Distill::default().weight, requires = "teacher")]
     pub(crate) teacher_weight: f64,
     /// What logits are divided by before both models' distributions are compared (above 0).
-    #[arg(long, default_value_t = 1.0, requires = "teacher")]
+    #[arg(long, default_value_t = Distill::default().temperature, requires = "teacher")]
     pub(crate) temperature: f64,
     /// Train low-rank adapters of this rank instead of the model, and merge them into it at the end.
     #[arg(long, value_name = "RANK", conflicts_with = "teacher")]

@@ -70,16 +70,9 @@ pub(crate) fn finetune(arguments: &FinetuneArguments, interrupt: &Interrupt) -> 
             weight: arguments.teacher_weight,
             temperature: arguments.temperature,
         }),
-        adapters: arguments.lora.map(|rank| Adapters {
-            experts: 1,
-            rank,
-            alpha: arguments.lora_alpha.unwrap_or(2.0 * rank as f64),
-            targets: arguments
-                .lora_targets
-                .clone()
-                .unwrap_or_else(|| config.matrices().into_iter().map(str::to_owned).collect()),
-            frozen: true,
-        }),
+        adapters: arguments
+            .lora
+            .map(|rank| Adapters::for_tuning(&config, rank, arguments.lora_alpha, arguments.lora_targets.clone())),
         out: arguments.out.clone(),
     };
     let report = trommel_trainer::finetune::finetune(&plan, &device, &*progress, interrupt)?;

@@ -211,11 +211,8 @@ pub(crate) fn wrong_adapters(plan: &Plan) -> Vec<Error> {
 
 /// The adapters that a file asks for, of one model.
 fn adapters(lora: &Lora, model: &Config) -> Adapters {
-    let rank = lora.rank as usize;
-    let named = lora.targets.as_ref().map(|targets| targets.iter().map(|target| target.name()).collect());
-    let targets = named.unwrap_or_else(|| model.matrices());
-    let targets = targets.into_iter().map(str::to_owned).collect();
-    Adapters { experts: 1, rank, alpha: lora.alpha.unwrap_or(2.0 * rank as f64), targets, frozen: true }
+    let targets = lora.targets.as_ref().map(|targets| targets.iter().map(|target| target.name().to_owned()).collect());
+    Adapters::for_tuning(model, lora.rank as usize, lora.alpha, targets)
 }
 
 fn from(start: &Candidate) -> Start {
