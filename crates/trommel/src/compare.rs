@@ -99,18 +99,28 @@ const LIST: &str = "train/plan.json";
 
 /// The pretrainings that are listed and finished; none without a list.
 pub(crate) fn finished(run_dir: &Path) -> Result<Vec<Listed>> {
-    let text = std::fs::read(run_dir.join(LIST)).unwrap_or_else(|_| b"[]".to_vec());
-    let listed: Vec<Listed> = serde_json::from_slice(&text).map_err(|e| {
-        let error = Error::data("the list of trainings is damaged").file(run_dir.join(LIST).display());
-        error.source(e).hint("run the pipeline again, which writes it")
-    })?;
-    let at = |model: Listed| Listed { out: run_dir.join("train").join(&model.out), ..model };
-    let finished = |model: &Listed| is_finished(&model.out).map(|done| done.then(|| model.clone())).transpose();
-    listed.into_iter().map(at).collect::<Vec<_>>().iter().filter_map(finished).collect()
+    let path = run_dir.join(LIST);
+    let damaged = |e: Box<dyn std::error::Error + Send + Sync>| {
+        let error = Error::data("the list of trainings cannot be read").file(path.display()).source(e);
+        error.hint("run the pipeline again, which writes it")
+    };
+    let text = match std::fs::read(&path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        text => text.map_err(|e| damaged(e.into()))?,
+    };
+    let models: Vec<Listed> = serde_json::from_slice(&text).map_err(|e| damaged(e.into()))?;
+    let mut finished = Vec::new();
+    for mut model in models {
+        model.out = run_dir.join("train").join(&model.out);
+        if is_finished(&model.out)? {
+            finished.push(model);
+        }
+    }
+    Ok(finished)
 }
 
 /// Whether the training in the folder `out` is finished.
-pub(crate) fn is_finished(out: &Path) -> Result<bool> {
+fn is_finished(out: &Path) -> Result<bool> {
     /// What every kind of training keeps of its progress.
     #[derive(Deserialize)]
     struct State {

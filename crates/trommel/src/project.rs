@@ -10,7 +10,8 @@ use trommel_trainer::evaluate::expert_losses;
 use trommel_trainer::{checkpoint, device, projected};
 
 use crate::args::{DocumentsArgument, ProjectArguments};
-use crate::compare::{choose, usable_texts};
+use crate::compare::choose::{lowest, only, top};
+use crate::compare::usable_texts;
 use crate::progress;
 use crate::training::source;
 
@@ -55,13 +56,12 @@ pub(crate) fn run(arguments: &ProjectArguments, interrupt: &Interrupt) -> anyhow
 }
 
 fn shares(arguments: &ProjectArguments, experts: usize, context: usize, interrupt: &Interrupt) -> Result<Vec<f64>> {
-    let only = |expert: usize| (0..experts).map(|i| f64::from(u8::from(i == expert))).collect::<Vec<_>>();
     if let Some(expert) = arguments.expert {
         if expert >= experts {
             let message = format!("the network has no expert {expert}");
             return Err(Error::config(message).hint(format!("it has the experts 0 to {}", experts - 1)));
         }
-        return Ok(only(expert));
+        return Ok(only(expert, experts));
     }
     if arguments.choice == ChoiceArgument::LowestLoss {
         let Some(documents) = &arguments.documents else {
@@ -73,7 +73,7 @@ fn shares(arguments: &ProjectArguments, experts: usize, context: usize, interrup
         let texts = usable_texts(&source(&from)?, &*progress::for_stderr())?;
         let device = device::parse(&arguments.device.device)?;
         let losses = expert_losses(&arguments.checkpoint, &texts, context, &device, interrupt)?;
-        return Ok(only(choose::top(&losses.iter().map(|loss| -loss).collect::<Vec<_>>())));
+        return Ok(only(lowest(&losses), experts));
     }
     let (Some(run), Some(domain)) = (&arguments.run, &arguments.domain) else {
         let hint = "or name an expert with `--expert`";
@@ -85,5 +85,5 @@ fn shares(arguments: &ProjectArguments, experts: usize, context: usize, interrup
         Error::config(message).file(run.display()).hint("name the run whose shards the network was trained on")
     })?;
     let histogram = proportions.histogram(domain, level)?;
-    Ok(if arguments.choice == ChoiceArgument::Mixture { histogram } else { only(choose::top(&histogram)) })
+    Ok(if arguments.choice == ChoiceArgument::Mixture { histogram } else { only(top(&histogram), experts) })
 }

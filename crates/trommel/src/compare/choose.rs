@@ -128,12 +128,12 @@ fn read_losses(path: &Path) -> Option<Vec<f64>> {
 }
 
 /// All of one expert.
-fn only(expert: usize, experts: usize) -> Vec<f64> {
+pub(crate) fn only(expert: usize, experts: usize) -> Vec<f64> {
     (0..experts).map(|i| f64::from(u8::from(i == expert))).collect()
 }
 
 /// The place of the smallest number; the first one of equals.
-fn lowest(numbers: &[f64]) -> usize {
+pub(crate) fn lowest(numbers: &[f64]) -> usize {
     top(&numbers.iter().map(|x| -x).collect::<Vec<_>>())
 }
 
