@@ -121,7 +121,7 @@ pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, i
             if let Part::Decay(trunk) = &plan.part {
                 let state = checkpoint::read_state::<State>(trunk)?.filter(|state| state.finished);
                 let unfinished = || Error::config("the trunk is not finished").file(trunk.display());
-                data.follow(state.ok_or_else(unfinished)?.position)?;
+                data.follow(&state.ok_or_else(unfinished)?.position)?;
             }
             let position = data.place();
             let state = State { fingerprint, step: first, position, last_losses: 0.0, seconds: 0.0, finished: false };

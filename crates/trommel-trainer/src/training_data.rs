@@ -82,11 +82,12 @@ impl TrainingData {
         }
     }
 
-    /// Begins where another training on the same shards has stopped.
-    pub(crate) fn follow(&mut self, place: Place) -> Result<()> {
+    /// Begins each cluster where another training on the same shards has stopped. Shards in their order begin anew: those of
+    /// another domain are other ones.
+    pub(crate) fn follow(&mut self, place: &Place) -> Result<()> {
         match (self, place) {
-            (TrainingData::Clusters(mixture), Place::Clusters(place)) => mixture.follow(&place),
-            (data, place) => data.seek(place),
+            (TrainingData::Clusters(mixture), Place::Clusters(place)) => mixture.follow(place),
+            _ => Ok(()),
         }
     }
 
