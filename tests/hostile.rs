@@ -216,6 +216,24 @@ fn a_single_document_of_200_megabytes() {
     assert!(windows["n"].as_u64().unwrap() > 48_000 && windows["longest"].as_u64().unwrap() <= 4096, "{windows}");
 }
 
+/// Two files at a time are sorted, and their texts are more than all sorts together may hold in memory.
+#[test]
+fn files_whose_windows_do_not_fit_in_memory() {
+    let bench = Bench::new();
+    let documents = |file: usize| {
+        let words = text(file, 0, 1_000);
+        // Long documents between short ones, all of them different.
+        let document = |i: usize| if i.is_multiple_of(2) { format!("{i} short") } else { format!("{i} {words}") };
+        (0..25_000).map(document).collect::<Vec<_>>()
+    };
+    (0..2).for_each(|file| bench.write_texts(&format!("corpus/{file}.parquet"), &documents(file)));
+    let until = ["run", "p.yaml", "--until", "resample", "--set", "shard.by=cluster", "--json"];
+    let called = bench.call(&until);
+    assert_eq!(called.code, 0, "{}", called.stderr);
+    let counts = bench.query("SELECT (SELECT count(*) FROM windows WHERE source = 'corpus') - (SELECT count(*) FROM draws) AS lost");
+    assert_eq!(counts[0]["lost"], 0);
+}
+
 #[test]
 fn a_folder_without_permission() {
     // The superuser may write everywhere, so this needs a user who may not.

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use crate::vectorize::vectorized;
 
 /// Numbers that one task handles; fixed, so that sums do not depend on the number of threads.
-pub(crate) const CHUNK: usize = 1 << 15;
+const CHUNK: usize = 1 << 15;
 
 /// The factors of one step; letters as in the paper.
 #[derive(Debug, Clone, Copy)]

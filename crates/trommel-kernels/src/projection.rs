@@ -14,7 +14,7 @@
 
 use rayon::prelude::*;
 
-use crate::adamw::{CHUNK, Factors, step_chunk};
+use crate::adamw::{Factors, step_chunk};
 use crate::vectorize::{LANES, fold, vectorized};
 
 /// Writes `sum_r coefficients[e][r] * basis[r]` to `out[e]` (size) for each expert `e`, for `basis` (h, size). The basis is read
@@ -66,28 +66,34 @@ pub fn squared_norm(coefficients: &[&[f32]], gram: &[f64]) -> f64 {
     sum.max(0.0)
 }
 
-/// One step of `AdamW` on the basis (h, size) and its moments, with the gradient `sum_e coefficients[e][r] * gradients[e]`.
+/// One step of `AdamW` on the basis (h, size) and its moments, with the gradient `sum_e coefficients[e][r] * gradients[e]`. The
+/// gradients are read once for the whole basis.
 pub fn step(basis: &mut [f32], m: &mut [f32], v: &mut [f32], coefficients: &[&[f32]], gradients: &[&[f32]], factors: Factors) {
     let Some(size) = gradients.first().map(|g| g.len()) else { return };
     assert!(basis.len() == m.len() && basis.len() == v.len() && basis.len().is_multiple_of(size));
-    let rows = basis.par_chunks_mut(size).zip(m.par_chunks_mut(size)).zip(v.par_chunks_mut(size)).enumerate();
-    rows.for_each(|(r, ((basis, m), v))| {
-        let chunks = basis.par_chunks_mut(CHUNK).zip(m.par_chunks_mut(CHUNK)).zip(v.par_chunks_mut(CHUNK)).enumerate();
-        chunks.for_each_init(Vec::new, |gradient, (chunk, ((basis, m), v))| {
-            gradient.clear();
-            gradient.resize(basis.len(), 0.0);
-            let at = chunk * CHUNK..chunk * CHUNK + basis.len();
+    let rows = basis.chunks_exact_mut(size).zip(m.chunks_exact_mut(size)).zip(v.chunks_exact_mut(size));
+    let mut tasks: Vec<Vec<_>> = (0..size.div_ceil(BLOCK)).map(|_| Vec::with_capacity(rows.len())).collect();
+    for ((basis, m), v) in rows {
+        let blocks = basis.chunks_mut(BLOCK).zip(m.chunks_mut(BLOCK)).zip(v.chunks_mut(BLOCK));
+        tasks.iter_mut().zip(blocks).for_each(|(task, block)| task.push(block));
+    }
+    tasks.into_par_iter().enumerate().for_each(|(task, rows)| {
+        let mut gradient = [0.0; BLOCK];
+        for (r, ((basis, m), v)) in rows.into_iter().enumerate() {
+            let gradient = &mut gradient[..basis.len()];
+            gradient.fill(0.0);
+            let at = task * BLOCK..task * BLOCK + basis.len();
             for (coefficients, from) in coefficients.iter().zip(gradients) {
                 if coefficients[r] != 0.0 {
                     add_scaled(gradient, coefficients[r], &from[at.clone()]);
                 }
             }
             step_chunk(basis, gradient, m, v, factors);
-        });
+        }
     });
 }
 
-/// Numbers of each vector that are multiplied at once: those of all vectors stay in the second cache.
+/// Numbers of each vector that are worked on at once: those of all vectors stay in the second cache.
 const BLOCK: usize = 2048;
 /// Blocks whose products one task sums.
 const TASK_BLOCKS: usize = 16;
@@ -155,8 +161,8 @@ mod tests {
 
     #[test]
     fn everything_equals_the_explicit_gradient_of_the_basis() {
-        // More than one chunk, and an odd tail.
-        let (size, capacity, experts) = (CHUNK + 5, 3, 2);
+        // More than one block, and an odd tail.
+        let (size, capacity, experts) = (BLOCK + 5, 3, 2);
         let basis = numbers(capacity * size, 1);
         let coefficients = [numbers(capacity, 2), vec![0.0, 0.5, -2.0]];
         let gradients = [numbers(size, 3), numbers(size, 4)];

@@ -13,6 +13,7 @@ use datafusion::datasource::MemTable;
 use datafusion::error::DataFusionError;
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
+use datafusion::execution::memory_pool::FairSpillPool;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::logical_expr::ScalarUDF;
 use datafusion::prelude::{DataFrame, ParquetReadOptions, SessionConfig, SessionContext};
@@ -59,7 +60,8 @@ impl Engine {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads.max(1)).enable_all().build();
         create_folder(&spill)?;
         let environment = RuntimeEnvBuilder::new()
-            .with_memory_limit(QUERY_MEMORY, 1.0)
+            // Sorts share what joins leave: were it first come, first served, one sort could starve the next of its first batch.
+            .with_memory_pool(Arc::new(FairSpillPool::new(QUERY_MEMORY)))
             .with_disk_manager_builder(DiskManagerBuilder::default().with_mode(DiskManagerMode::Directories(vec![spill])))
             .build_arc()
             .map_err(|e| failed(e.to_string()))?;
@@ -274,6 +276,10 @@ pub fn query_error(error: DataFusionError) -> Error {
         },
         DataFusionError::Context(_, inner) => query_error(*inner),
         DataFusionError::Shared(shared) => Error::data(format!("a query failed: {shared}")),
+        DataFusionError::ResourcesExhausted(what) => {
+            let error = Error::system(format!("a query needs more than the {} MB that it may hold", QUERY_MEMORY >> 20));
+            error.source(what).hint("cut the largest files of the corpus into several, or take fewer `--threads`")
+        }
         DataFusionError::IoError(e) => {
             Error::system("a query could not read or write a file").source(e).hint("check the disk, then run again")
         }

@@ -74,20 +74,21 @@ pub fn windows_function(bytes_max: u32) -> ScalarUDF {
 fn windows(texts: &ArrayRef, bytes_max: usize, item: &Arc<Field>) -> Result<ListArray> {
     let texts = texts.as_string_view();
     let (mut numbers, mut starts, mut lengths, mut counts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    // All windows point into one block. Were some appended by value between blocks, each of those would begin a block of up to
+    // 2 MB for itself.
+    let whole = texts.iter().flatten().map(str::as_bytes).collect::<Vec<_>>().concat();
     let mut parts = StringViewBuilder::new();
+    let block = parts.append_block(Buffer::from_vec(whole));
+    let mut first = 0;
     for text in texts.iter().map(Option::unwrap_or_default) {
-        // A long document becomes one block of bytes that all its windows point into.
-        let block = (text.len() > bytes_max).then(|| parts.append_block(Buffer::from(text.as_bytes())));
         let before = numbers.len();
         for (number, range) in cut(text, bytes_max).enumerate() {
-            match block {
-                Some(block) => parts.try_append_view(block, offset(range.start)?, offset(range.len())?)?,
-                None => parts.append_value(&text[range.clone()]),
-            }
+            parts.try_append_view(block, offset(first + range.start)?, offset(range.len())?)?;
             numbers.push(offset(number)?);
             starts.push(range.start as i64);
             lengths.push(range.len() as i32);
         }
+        first += text.len();
         counts.push(numbers.len() - before);
     }
     let columns: Vec<ArrayRef> = vec![
@@ -151,15 +152,19 @@ mod tests {
     }
 
     #[test]
-    fn a_long_document_is_not_copied_per_window() {
+    fn windows_hold_the_text_once() {
+        let long = "long text ".repeat(50);
         let texts: ArrayRef =
-            Arc::new(arrow::array::StringViewArray::from_iter_values(["short one", &"long text ".repeat(50)]));
+            Arc::new(arrow::array::StringViewArray::from_iter_values(["short one", &long, "a text that no view holds", &long]));
         let item = Arc::new(Field::new("item", DataType::Struct(window_fields()), false));
         let list = windows(&texts, 64, &item).unwrap();
         assert_eq!(list.value_length(0), 1);
         assert_eq!(list.value_length(1), 9);
         let parts = list.values().as_struct().column(3).as_string_view().clone();
         assert_eq!(parts.value(0), "short one");
-        assert_eq!(parts.iter().skip(1).flatten().collect::<String>(), "long text ".repeat(50));
+        assert_eq!(parts.iter().skip(1).take(9).flatten().collect::<String>(), long);
+        assert_eq!(parts.value(10), "a text that no view holds");
+        let views = parts.len() * 16;
+        assert!(parts.get_buffer_memory_size() <= views * 2 + 2 * long.len() + 64, "{}", parts.get_buffer_memory_size());
     }
 }

@@ -216,11 +216,12 @@ pub struct Train {
     #[serde(default = "default_methods")]
     #[schemars(length(min = 1), extend("uniqueItems" = true))]
     pub methods: Vec<Method>,
-    /// Models of a method that differ in their seed only, which counts from the run's `seed`; such as `{slm: 3}`. Default 1 each.
+    /// Models of a method that differ in their seed only, which counts from the run's `seed`; such as `{slm: 3}`. Default 1 each. Of
+    /// several levels, the first one is trained with every seed, and the others with the first seed.
     #[serde(default)]
     pub seeds: BTreeMap<Method, u32>,
-    /// Levels of the cluster tree whose clusters `slm-is` draws by, a model for each; 1 is below the root. Needs
-    /// `shard.by: cluster`. Default: the leaves.
+    /// Levels of the cluster tree whose clusters `slm-is` draws by, a model for each, the main one first; 1 is below the root.
+    /// Needs `shard.by: cluster`. Default: the leaves.
     #[schemars(length(min = 1), extend("uniqueItems" = true))]
     pub levels: Option<Vec<u32>>,
     /// What `slm-pn`, `lora-mix` and `slm-mix` are made of.
@@ -241,7 +242,7 @@ pub struct Train {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Experts {
-    /// Levels of the cluster tree, a model of each method for each. Default: the leaves.
+    /// Levels of the cluster tree, a model of each method for each, the main one first. Default: the leaves.
     #[schemars(length(min = 1), extend("uniqueItems" = true))]
     pub levels: Option<Vec<u32>>,
     /// MLPs that the basis of a network holds in each layer (`h`; at least 1). Default: one more than experts.

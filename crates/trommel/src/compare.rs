@@ -284,7 +284,7 @@ impl Comparison<'_> {
                 part,
                 out: what.folder(self.plan, train, self.outputs, proportions)?,
             };
-            self.progress.line(&format!("pretraining {}", what.name(train)));
+            self.progress.line(&format!("pretraining {}", what.name()));
             let report = pretrain(&plan, self.device, self.progress, self.interrupt)?;
             *cached &= report.cached;
             let cost = Cost { tokens: report.tokens, seconds: report.seconds, flops: report.flops };

@@ -90,11 +90,18 @@ impl Listing<'_> {
             text,
             phase,
         };
-        let expert_levels = self.train.experts.levels.clone().unwrap_or_else(|| vec![leaves]);
+        // The first of several levels is the method's, with every seed; the others show what a level does, and have the first seed.
+        let levels = |given: &Option<Vec<u32>>| {
+            let mut levels = given.clone().unwrap_or_else(|| vec![leaves]);
+            if self.seed != self.plan.spec.seed {
+                levels.truncate(1);
+            }
+            levels
+        };
         match self.method {
             Method::Slm | Method::Llm => all.push(model(String::new(), None, of(CORPUS, leaves), Phase::Whole)),
             Method::SlmIs => {
-                for level in self.train.levels.clone().unwrap_or_else(|| vec![leaves]) {
+                for level in levels(&self.train.levels) {
                     let variant = self.train.levels.as_ref().map_or(String::new(), |_| format!("level-{level}"));
                     all.extend(domains().map(|d| model(variant.clone(), Some(d), of(d, level), Phase::Whole)));
                 }
@@ -104,12 +111,12 @@ impl Listing<'_> {
                 all.extend(domains().map(|d| model(String::new(), Some(d), Text::Shards(d.clone()), Phase::Whole)));
             }
             Method::SlmPn | Method::LoraMix => {
-                for level in expert_levels {
+                for level in levels(&self.train.experts.levels) {
                     all.push(model(format!("level-{level}"), None, Text::Experts { level }, Phase::Whole));
                 }
             }
             Method::SlmMix => {
-                for level in expert_levels {
+                for level in levels(&self.train.experts.levels) {
                     let nodes = (0..self.nodes(level)?).map(|node| Text::Node { level, node });
                     all.extend(nodes.map(|text| model(format!("level-{level}"), None, text, Phase::Whole)));
                 }
@@ -180,10 +187,10 @@ impl Pretraining {
     }
 
     /// The name of the model among those of its plan.
-    pub(super) fn name(&self, train: &Train) -> String {
+    pub(super) fn name(&self) -> String {
         let node = if let Text::Node { node, .. } = self.text { format!("expert-{node}") } else { String::new() };
         let trunk = if self.phase == Phase::Trunk { "trunk" } else { "" };
-        let seed = if train.seeds(self.method) > 1 { format!("seed-{}", self.seed) } else { String::new() };
+        let seed = format!("seed-{}", self.seed);
         let parts = [self.method.name(), &self.variant, &node, trunk, self.domain.as_deref().unwrap_or(""), &seed];
         parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("-")
     }
@@ -230,7 +237,7 @@ impl Pretraining {
         let mixture = json(&if proportions.is_some() { self.mixture(proportions)? } else { None });
         let shards = outputs.shards_key_of(self.method).0.to_le_bytes();
         let depends_on = [&shards[..], &settings, &mixture, &self.seed.to_le_bytes()];
-        Ok(folder(plan, "train", &self.name(train), &depends_on))
+        Ok(folder(plan, "train", &self.name(), &depends_on))
     }
 }
 

@@ -52,8 +52,7 @@ impl Tuning {
         let seeds = if train.methods.contains(&method) { train.seeds(method) } else { 0 };
         let tuning = |offset: u32| {
             let seed = plan.spec.seed + u64::from(offset);
-            let name = if seeds > 1 { format!("{}-seed-{seed}", method.name()) } else { method.name().to_owned() };
-            Tuning { name, tokens: train.tokens.0, seed, teacher: None, lora: None, scratch: true }
+            Tuning { name: format!("{}-seed-{seed}", method.name()), tokens: train.tokens.0, seed, teacher: None, lora: None, scratch: true }
         };
         (0..seeds).map(tuning).collect()
     }
