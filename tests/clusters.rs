@@ -174,6 +174,7 @@ fn plans_that_contradict_themselves_are_refused_with_their_places() {
         (vec![train("methods: [slm, slm-d]")], "`slm-d` is `slm` taught by `llm`"),
         (vec![train("methods: [slm-is, lora]"), "finetune={tokens: 1k}".into()], "`lora` adapts the model of `slm`"),
         (vec![train("methods: [slm, lora]"), "finetune={tokens: 1k, lora: {rank: 512}}".into()], "rank 512"),
+        (vec!["finetune={tokens: 1k, learning_rate_multiplier: 0}".into()], "learning_rate_multiplier"),
         (vec![train("experts: {choices: [best-tuned]}")], "`best-tuned` needs fine-tuning"),
         (vec![train("experts: {levels: [3]}"), "shard.by=cluster".into()], "no level 3"),
         (vec![train("methods: [slm]"), "shard.by=cluster".into(), "weigh.max_epochs=2".into()], "drawn without a cap"),

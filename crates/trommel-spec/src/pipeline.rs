@@ -204,7 +204,7 @@ pub struct TrainTokenizer {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Train {
-    /// A preset: `slm-600k`, `slm-1m`, `slm-3m`, `slm-5m`, `slm-9m`, `slm-30m` or `slm-126m`.
+    /// A preset: `slm-400k`, `slm-600k`, `slm-1m`, `slm-3m`, `slm-5m`, `slm-9m`, `slm-30m` or `slm-126m`.
     pub model: String,
     /// Tokens that a prediction can look back on, and the length of a training sequence (8 to 65,536). Default 1024.
     #[serde(default = "context")]
@@ -362,6 +362,11 @@ pub enum Precision {
 pub struct Finetune {
     /// At most this many tokens; stops early when the held-out loss no longer falls.
     pub tokens: Count,
+    /// The peak learning rate, as a multiple of pretraining's (above 0). Default 1; after a long pretraining a third, the paper's,
+    /// is better.
+    #[serde(default = "learning_rate_multiplier")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub learning_rate_multiplier: f64,
     /// How `slm-d` learns from its teacher.
     #[serde(default)]
     pub distill: Distill,
@@ -498,6 +503,9 @@ fn distill_weight() -> f64 {
     0.5
 }
 fn distill_temperature() -> f64 {
+    1.0
+}
+fn learning_rate_multiplier() -> f64 {
     1.0
 }
 fn default_choices() -> Vec<Choice> {

@@ -20,7 +20,7 @@ pub struct Training {
     pub seed: u64,
     /// A folder with `manifest.json`, such as `runs/NAME/shards/DOMAIN`.
     pub shards: PathBuf,
-    /// A preset: `slm-600k`, `slm-1m`, `slm-3m`, `slm-5m`, `slm-9m`, `slm-30m` or `slm-126m`.
+    /// A preset: `slm-400k`, `slm-600k`, `slm-1m`, `slm-3m`, `slm-5m`, `slm-9m`, `slm-30m` or `slm-126m`.
     pub model: String,
     /// Tokens that a prediction can look back on, and the length of a training sequence (8 to 65,536). Default 1024.
     #[serde(default = "context")]

@@ -27,6 +27,8 @@ const EVALUATIONS: u64 = 20;
 /// Evaluations without a better one after which training stops. Three quarters of all: a model that was pretrained on text
 /// like the domain's first loses by the rate's rise to its peak, and gains from its fall.
 pub const PATIENCE: u64 = EVALUATIONS * 3 / 4;
+/// The same for fresh weights, whose held-out loss falls until they learn the documents by heart, and then rises for good.
+pub const PATIENCE_FROM_SCRATCH: u64 = EVALUATIONS / 4;
 
 /// Where fine-tuning begins.
 #[derive(Debug, Clone, PartialEq)]
@@ -61,7 +63,7 @@ pub struct FinetunePlan {
     pub recipe: Recipe,
     /// Seed of the order of documents, and of the weights if they are fresh.
     pub seed: u64,
-    /// Evaluations without a better one after which training stops; usually [`PATIENCE`].
+    /// Evaluations without a better one after which training stops; usually [`PATIENCE`] or [`PATIENCE_FROM_SCRATCH`].
     pub patience: u64,
     /// A model whose next-word distributions are learnt beside the documents.
     pub teacher: Option<TeacherPlan>,

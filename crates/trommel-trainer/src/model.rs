@@ -131,9 +131,10 @@ const MOST_PARAMETERS: f64 = 1e12;
 
 /// The presets: name, width, layers, heads, mlp, activation, context.
 ///
-/// At a vocabulary of 4,096 they have 0.6, 1.1, 2.6, 4.3, 7.6, 27.8 and 92.3 million parameters; `slm-9m` has 8.7 million at a
+/// At a vocabulary of 4,096 they have 0.4, 0.6, 1.1, 2.6, 4.3, 7.6, 27.8 and 92.3 million parameters; `slm-9m` has 8.7 million at a
 /// vocabulary of 8,192. `slm-126m` is the paper's small model, with its vocabulary of 32,000. [PE 3]
-const PRESETS: [(&str, usize, usize, usize, usize, Activation, usize); 7] = [
+const PRESETS: [(&str, usize, usize, usize, usize, Activation, usize); 8] = [
+    ("slm-400k", 64, 2, 4, 256, Activation::SwiGlu, 1024),
     ("slm-600k", 96, 2, 4, 256, Activation::SwiGlu, 1024),
     ("slm-1m", 128, 3, 4, 352, Activation::SwiGlu, 1024),
     ("slm-3m", 192, 4, 6, 512, Activation::SwiGlu, 1024),
@@ -344,7 +345,7 @@ mod tests {
     fn presets_have_the_sizes_that_their_names_say() {
         let sizes = [("slm-1m", 4096, 1.1), ("slm-3m", 4096, 2.6), ("slm-5m", 8192, 5.3), ("slm-9m", 8192, 8.7)];
         for (name, vocab, millions) in
-            sizes.into_iter().chain([("slm-600k", 4096, 0.6)]).chain([("slm-30m", 8192, 29.9), ("slm-126m", 32_000, 120.9)])
+            sizes.into_iter().chain([("slm-400k", 4096, 0.4), ("slm-600k", 4096, 0.6)]).chain([("slm-30m", 8192, 29.9), ("slm-126m", 32_000, 120.9)])
         {
             let config = preset(name, vocab).unwrap();
             config.check().unwrap();

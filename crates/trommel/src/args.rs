@@ -179,6 +179,9 @@ pub(crate) struct FinetuneArguments {
     /// Tokens to train on at most, such as `250k`; stops early when the held-out loss no longer falls.
     #[arg(long, default_value = "1M", value_parser = count)]
     pub(crate) tokens: u64,
+    /// The peak learning rate, as a multiple of pretraining's (above 0).
+    #[arg(long, default_value_t = 1.0, value_name = "FACTOR", value_parser = above_zero)]
+    pub(crate) learning_rate_multiplier: f64,
     /// Folder of the new checkpoint.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
@@ -208,6 +211,11 @@ pub(crate) struct FinetuneArguments {
     /// Print one JSON object instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+fn above_zero(text: &str) -> Result<f64, String> {
+    let value = text.parse().ok().filter(|x: &f64| x.is_finite() && *x > 0.0);
+    value.ok_or_else(|| "a number above 0, such as `0.33`".into())
 }
 
 fn count(text: &str) -> Result<u64, String> {

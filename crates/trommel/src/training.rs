@@ -62,7 +62,7 @@ pub(crate) fn finetune(arguments: &FinetuneArguments, interrupt: &Interrupt) -> 
         tokenizer: checkpoint::tokenizer(&arguments.checkpoint),
         context: config.context,
         tokens: arguments.tokens,
-        recipe: Recipe::finetuning(&config, arguments.tokens),
+        recipe: Recipe::finetuning(&config, arguments.tokens, arguments.learning_rate_multiplier),
         seed: arguments.seed,
         patience: PATIENCE,
         teacher: arguments.teacher.clone().map(|checkpoint| TeacherPlan {

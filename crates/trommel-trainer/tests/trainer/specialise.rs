@@ -24,7 +24,7 @@ pub(crate) fn finetune_plan(folder: &Path, start: Start, out: &str) -> FinetuneP
     let model = FinetunePlan::model(&start).unwrap();
     // Evaluations of a finished model are in `f32`; so is this training, that the two can be compared.
     let precision = Precision::F32;
-    let tuning = Recipe::finetuning(&model, 1);
+    let tuning = Recipe::finetuning(&model, 1, 1.0);
     let recipe = Recipe { batch_tokens: 4 * CONTEXT, warmup_steps: 2, learning_rate: 5e-3, precision, ..tuning };
     FinetunePlan {
         start,

@@ -9,7 +9,7 @@ use trommel_pipeline::results::Cost;
 use trommel_spec::pipeline::{Distill, Finetune, Lora, LoraBase, Method, Schedule, Train};
 use trommel_spec::plan::Plan;
 use trommel_trainer::checkpoint;
-use trommel_trainer::finetune::{FinetunePlan, FinetuneReport, PATIENCE, Start, TeacherPlan, finetune};
+use trommel_trainer::finetune::{FinetunePlan, FinetuneReport, PATIENCE, PATIENCE_FROM_SCRATCH, Start, TeacherPlan, finetune};
 use trommel_trainer::model::{Adapters, Config, preset};
 use trommel_trainer::recipe::Recipe;
 
@@ -21,6 +21,8 @@ pub(super) struct Tuning {
     /// Names its folder: the model that it starts from, or its method.
     name: String,
     tokens: u64,
+    /// What the learning rate is multiplied by, unless it starts from fresh weights.
+    multiplier: f64,
     seed: u64,
     teacher: Option<(PathBuf, Distill)>,
     lora: Option<Lora>,
@@ -31,7 +33,8 @@ pub(super) struct Tuning {
 impl Tuning {
     /// The fine-tuning of the model in `start`.
     pub(super) fn of(start: &Path, seed: u64, finetune: &Finetune) -> Tuning {
-        Tuning { name: stem(start), tokens: finetune.tokens.0, seed, teacher: None, lora: None, scratch: false }
+        let (tokens, multiplier) = (finetune.tokens.0, finetune.learning_rate_multiplier);
+        Tuning { name: stem(start), tokens, multiplier, seed, teacher: None, lora: None, scratch: false }
     }
 
     /// The fine-tuning of the model in `start`, which the fine-tuned model in `teacher` teaches.
@@ -52,7 +55,7 @@ impl Tuning {
         let seeds = if train.methods.contains(&method) { train.seeds(method) } else { 0 };
         let tuning = |offset: u32| {
             let seed = plan.spec.seed + u64::from(offset);
-            Tuning { name: format!("{}-seed-{seed}", method.name()), tokens: train.tokens.0, seed, teacher: None, lora: None, scratch: true }
+            Tuning { name: format!("{}-seed-{seed}", method.name()), tokens: train.tokens.0, multiplier: 1.0, seed, teacher: None, lora: None, scratch: true }
         };
         (0..seeds).map(tuning).collect()
     }
@@ -63,7 +66,7 @@ impl Tuning {
         let lora = self.lora.as_ref().map(|lora| (lora.rank, lora.alpha, &lora.targets));
         // The name of a start says which model it is; one that sees the domain only has no start.
         let scratch = self.scratch.then_some((&train.model, train.schedule));
-        let settings = json(&(scratch, train.context, train.precision, self.tokens, teacher, lora));
+        let settings = json(&(scratch, train.context, train.precision, self.tokens, self.multiplier, teacher, lora));
         let depends_on = [&outputs.shards_key.0.to_le_bytes()[..], &settings, &self.seed.to_le_bytes(), &domain.key()];
         folder(plan, "finetune", &format!("{}-on-{}", self.name, domain.name), &depends_on)
     }
@@ -168,7 +171,10 @@ impl Comparison<'_> {
     ) -> Result<(PathBuf, FinetuneReport)> {
         let model = FinetunePlan::model(&start)?;
         let recipe = match start {
-            Start::Checkpoint(_) => recipe_of(Schedule::Cosine, train.precision, Recipe::finetuning(&model, tuning.tokens)),
+            Start::Checkpoint(_) => {
+                let recipe = Recipe::finetuning(&model, tuning.tokens, tuning.multiplier);
+                recipe_of(Schedule::Cosine, train.precision, recipe)
+            }
             Start::Scratch { .. } => recipe_of(train.schedule, train.precision, Recipe::pretraining(&model, tuning.tokens)),
         };
         let teacher = tuning.teacher.as_ref().map(|(folder, distill)| TeacherPlan {
@@ -185,7 +191,7 @@ impl Comparison<'_> {
             context: train.context as usize,
             tokens: tuning.tokens,
             seed: tuning.seed,
-            patience: PATIENCE,
+            patience: if tuning.scratch { PATIENCE_FROM_SCRATCH } else { PATIENCE },
             teacher,
             adapters: tuning.lora.as_ref().map(|lora| adapters(lora, &model)),
             out: tuning.folder(self.plan, self.outputs, train, domain),
