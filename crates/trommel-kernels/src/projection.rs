@@ -66,9 +66,16 @@ pub fn squared_norm(coefficients: &[&[f32]], gram: &[f64]) -> f64 {
     sum.max(0.0)
 }
 
-/// One step of `AdamW` on the basis (h, size) and its moments, with the gradient `sum_e coefficients[e][r] * gradients[e]`. The
-/// gradients are read once for the whole basis.
-pub fn step(basis: &mut [f32], m: &mut [f32], v: &mut [f32], coefficients: &[&[f32]], gradients: &[&[f32]], factors: Factors) {
+/// One step of `AdamW` on the basis (h, size) and its moments, with the gradient `sum_e coefficients[e][r] * gradients[e]` and the
+/// factors of each `r`. The gradients are read once for the whole basis.
+pub fn step(
+    basis: &mut [f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    coefficients: &[&[f32]],
+    gradients: &[&[f32]],
+    factors: impl Fn(usize) -> Factors + Sync,
+) {
     let Some(size) = gradients.first().map(|g| g.len()) else { return };
     assert!(basis.len() == m.len() && basis.len() == v.len() && basis.len().is_multiple_of(size));
     let rows = basis.chunks_exact_mut(size).zip(m.chunks_exact_mut(size)).zip(v.chunks_exact_mut(size));
@@ -88,7 +95,7 @@ pub fn step(basis: &mut [f32], m: &mut [f32], v: &mut [f32], coefficients: &[&[f
                     add_scaled(gradient, coefficients[r], &from[at.clone()]);
                 }
             }
-            step_chunk(basis, gradient, m, v, factors);
+            step_chunk(basis, gradient, m, v, factors(r));
         }
     });
 }
@@ -206,7 +213,7 @@ mod tests {
         };
         let start = || (basis.clone(), vec![0.1; basis.len()], vec![0.2; basis.len()]);
         let (mut p, mut m, mut v) = start();
-        step(&mut p, &mut m, &mut v, &coefficients, &gradients, factors);
+        step(&mut p, &mut m, &mut v, &coefficients, &gradients, |_| factors);
         let (mut p2, mut m2, mut v2) = start();
         adamw::step(&mut p2, &mut explicit, &mut m2, &mut v2, factors);
         assert!(p == p2 && m == m2 && v == v2);

@@ -122,6 +122,18 @@ impl Projection {
     pub fn hard_mixture(experts: usize) -> Self {
         Projection { experts, expert_size: experts, capacity: experts, frozen: true }
     }
+
+    /// What the learning rate of the MLPs that not all experts share is multiplied by in a step that sees `seen` of the experts: the
+    /// root of the share of steps that each of these MLPs has a gradient in, about `seen / (h - 1)`.
+    ///
+    /// `AdamW` divides by the root of a mean of squares over steps. Where most steps have nothing to add, one gradient moves a
+    /// parameter `sqrt(steps per gradient)` times as far as one of a parameter that all steps move, on the noise of a sequence or
+    /// two. With `slm-400k`, 16 experts and 5M tokens in steps of two sequences, the network ended 0.057 nats per token below the
+    /// plain model without this factor, and 0.074 with 0.3 in its place. The hard mixture does without, like separate models.
+    pub(crate) fn own_rate(&self, seen: usize) -> f32 {
+        let own = self.capacity.saturating_sub(1).max(1);
+        if self.frozen { 1.0 } else { (seen as f32 / own as f32).min(1.0).sqrt() }
+    }
 }
 
 /// The most experts, or MLPs in a basis.

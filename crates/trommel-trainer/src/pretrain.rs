@@ -21,6 +21,8 @@ use crate::training_data::{Place, TrainingData};
 
 /// Raised when the same plan would train to other weights, so that old checkpoints are not continued.
 const VERSION: u32 = 3;
+/// The same for projected networks only.
+const NETWORK_VERSION: u32 = 1;
 
 /// Which steps of its schedule a pretraining takes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -270,6 +272,9 @@ impl PretrainPlan {
         let parts = (VERSION, &self.model, self.context, self.tokens, &self.recipe, self.seed, data.fingerprint().to_string());
         let mut parts =
             vec![serde_json::to_string(&parts).map_err(|e| Error::internal("a plan cannot be written as JSON").source(e))?];
+        if self.model.projection.is_some() {
+            parts.push(format!("network {NETWORK_VERSION}"));
+        }
         match &self.part {
             Part::Whole => {}
             Part::Trunk => parts.push("trunk".to_owned()),
