@@ -230,7 +230,8 @@ fn files_whose_windows_do_not_fit_in_memory() {
     let until = ["run", "p.yaml", "--until", "resample", "--set", "shard.by=cluster", "--json"];
     let called = bench.call(&until);
     assert_eq!(called.code, 0, "{}", called.stderr);
-    let counts = bench.query("SELECT (SELECT count(*) FROM windows WHERE source = 'corpus') - (SELECT count(*) FROM draws) AS lost");
+    let counts =
+        bench.query("SELECT (SELECT count(*) FROM windows WHERE source = 'corpus') - (SELECT count(*) FROM draws) AS lost");
     assert_eq!(counts[0]["lost"], 0);
 }
 

@@ -356,14 +356,26 @@ mod tests {
     #[test]
     fn presets_have_the_sizes_that_their_names_say() {
         let sizes = [("slm-1m", 4096, 1.1), ("slm-3m", 4096, 2.6), ("slm-5m", 8192, 5.3), ("slm-9m", 8192, 8.7)];
-        for (name, vocab, millions) in
-            sizes.into_iter().chain([("slm-400k", 4096, 0.4), ("slm-600k", 4096, 0.6)]).chain([("slm-30m", 8192, 29.9), ("slm-126m", 32_000, 120.9)])
+        for (name, vocab, millions) in sizes
+            .into_iter()
+            .chain([("slm-400k", 4096, 0.4), ("slm-600k", 4096, 0.6)])
+            .chain([("slm-30m", 8192, 29.9), ("slm-126m", 32_000, 120.9)])
         {
             let config = preset(name, vocab).unwrap();
             config.check().unwrap();
             let rounded = (config.parameters() as f64 / 1e5).round() / 10.0;
             assert_eq!(rounded, millions, "{name}");
         }
+    }
+
+    #[test]
+    fn what_few_steps_move_moves_slowly() {
+        let network = Projection::new(16);
+        assert_eq!([1, 4, 16].map(|seen| network.own_rate(seen)), [0.25, 0.5, 1.0]);
+        // Four MLPs beside the shared one serve sixteen experts, so four experts give each of them a gradient.
+        assert_eq!(Projection { capacity: 5, ..network }.own_rate(8), 1.0);
+        assert_eq!(Projection { capacity: 1, ..network }.own_rate(1), 1.0);
+        assert_eq!(Projection::hard_mixture(16).own_rate(1), 1.0);
     }
 
     #[test]

@@ -55,7 +55,15 @@ impl Tuning {
         let seeds = if train.methods.contains(&method) { train.seeds(method) } else { 0 };
         let tuning = |offset: u32| {
             let seed = plan.spec.seed + u64::from(offset);
-            Tuning { name: format!("{}-seed-{seed}", method.name()), tokens: train.tokens.0, multiplier: 1.0, seed, teacher: None, lora: None, scratch: true }
+            Tuning {
+                name: format!("{}-seed-{seed}", method.name()),
+                tokens: train.tokens.0,
+                multiplier: 1.0,
+                seed,
+                teacher: None,
+                lora: None,
+                scratch: true,
+            }
         };
         (0..seeds).map(tuning).collect()
     }
