@@ -1,5 +1,7 @@
 //! The model on candle's tape, for devices other than the CPU, and as the oracle of `crate::native` in the tests.
 
+use std::collections::BTreeSet;
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 use trommel_kernels::adamw::Factors;
 use trommel_kernels::cross_entropy::IGNORED;
@@ -10,7 +12,7 @@ use crate::batch::Batch;
 use crate::composed::{activate, attention, cross_entropy, linear, losses, mask, rms_norm, rotate};
 use crate::engine::Teacher;
 use crate::model::{Activation, Config};
-use crate::parameters::Layout;
+use crate::parameters::{Layout, Slot};
 
 /// A model whose parameters, gradients and moments live on a device.
 #[derive(Debug)]
@@ -26,6 +28,8 @@ pub struct Tape {
     moments: Vec<(Tensor, Tensor)>,
     /// The expert whose model batches run through; of no meaning for a plain model.
     expert: usize,
+    /// The experts that the gradient comes from.
+    seen: BTreeSet<usize>,
     teacher: Option<Box<TapeTeacher>>,
 }
 
@@ -69,6 +73,7 @@ impl Tape {
             gradients: vec![None; parameters.len()],
             moments: Vec::new(),
             expert: 0,
+            seen: BTreeSet::new(),
             teacher: None,
             config: config.clone(),
             device: device.clone(),
@@ -211,6 +216,7 @@ impl Tape {
     /// The losses that are learnt from, and adds the gradient of `scale` times their sum.
     pub fn losses_and_gradient(&mut self, batch: &Batch, scale: f32) -> Result<Tensor> {
         let losses = self.learnt_losses(batch)?;
+        self.seen.insert(self.expert);
         let gradients = (losses.sum_all()? * f64::from(scale))?.backward()?;
         for ((sum, var), slot) in self.gradients.iter_mut().zip(&self.parameters).zip(self.layout.slots()) {
             if slot.is_frozen(&self.config) {
@@ -235,6 +241,7 @@ impl Tape {
     /// Forgets the gradient.
     pub fn clear_gradient(&mut self) {
         self.gradients.fill(None);
+        self.seen.clear();
     }
 
     /// One step of `AdamW`, as [`trommel_kernels::adamw::step`]; gains do not decay.
@@ -245,6 +252,14 @@ impl Tape {
         }
         let f = factors;
         let wide = f64::from;
+        // What the learning rate of each MLP of a basis (h, numbers) is multiplied by.
+        let rates = |slot: &Slot| {
+            let projection = self.config.projection.filter(|_| slot.is_basis())?;
+            let mut rates = vec![projection.own_rate(self.seen.len()); slot.shape[0]];
+            rates[0] = 1.0;
+            let shape: Vec<usize> = std::iter::once(rates.len()).chain(slot.shape[1..].iter().map(|_| 1)).collect();
+            Some(Tensor::from_vec(rates, shape, &self.device))
+        };
         let slots = self.layout.slots().iter().zip(&self.parameters).zip(&self.gradients);
         for (((slot, parameter), gradient), (m, v)) in slots.zip(&mut self.moments) {
             let Some(gradient) = gradient else { continue };
@@ -252,9 +267,14 @@ impl Tape {
             *m = ((&*m * wide(f.beta1))? + (&g * (1.0 - wide(f.beta1)))?)?;
             *v = ((&*v * wide(f.beta2))? + (g.sqr()? * (1.0 - wide(f.beta2)))?)?;
             let root = ((&*v / wide(f.correction2))?.sqrt()? + wide(f.epsilon))?;
-            let change = ((&*m * (wide(f.learning_rate) / wide(f.correction1)))? / root)?;
-            let decay = if slot.decays() { wide(f.learning_rate) * wide(f.decay) } else { 0.0 };
-            parameter.set(&((parameter.as_tensor() * (1.0 - decay))? - change)?)?;
+            let mut change = ((&*m / wide(f.correction1))? / root)?;
+            if slot.decays() {
+                change = (change + (parameter.as_tensor() * wide(f.decay))?)?;
+            }
+            if let Some(rates) = rates(slot) {
+                change = change.broadcast_mul(&rates?)?;
+            }
+            parameter.set(&(parameter.as_tensor() - (change * wide(f.learning_rate))?)?)?;
         }
         Ok(())
     }
