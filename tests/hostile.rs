@@ -222,9 +222,10 @@ fn files_whose_windows_do_not_fit_in_memory() {
     let bench = Bench::new();
     let documents = |file: usize| {
         let words = text(file, 0, 1_000);
-        // Long documents between short ones, all of them different.
-        let document = |i: usize| if i.is_multiple_of(2) { format!("{i} short") } else { format!("{i} {words}") };
-        (0..25_000).map(document).collect::<Vec<_>>()
+        // Long documents between those of one window, all of them different, and longer than the 12 bytes that a view holds.
+        let document =
+            |i: usize| if i.is_multiple_of(2) { format!("{i} a document of one window") } else { format!("{i} {words}") };
+        (0..40_000).map(document).collect::<Vec<_>>()
     };
     (0..2).for_each(|file| bench.write_texts(&format!("corpus/{file}.parquet"), &documents(file)));
     let until = ["run", "p.yaml", "--until", "resample", "--set", "shard.by=cluster", "--json"];
