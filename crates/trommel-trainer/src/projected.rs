@@ -369,9 +369,9 @@ impl Network for Projected {
                 let len = self.tensors.layers[l].mlp.len();
                 let gradients: Vec<&[f32]> = self.own.iter().map(|own| &own.numbers[l * len..(l + 1) * len]).collect();
                 let alphas: Vec<&[f32]> = alphas.iter().map(Vec::as_slice).collect();
-                let rate = self.tensors.projection.own_rate(self.own.len());
-                let own = Factors { learning_rate: rate * factors.learning_rate, ..factors };
-                kernel::step(parameters, m, v, &alphas, &gradients, |r| if r == 0 { factors } else { own });
+                let rates = self.tensors.projection.rates(self.own.len());
+                let of = |r: usize| Factors { learning_rate: rates[r] * factors.learning_rate, ..factors };
+                kernel::step(parameters, m, v, &alphas, &gradients, of);
             } else if !self.tensors.projection.frozen
                 && let Some(mut gradient) = mixing.next()
             {

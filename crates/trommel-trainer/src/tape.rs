@@ -255,10 +255,9 @@ impl Tape {
         // What the learning rate of each MLP of a basis (h, numbers) is multiplied by.
         let rates = |slot: &Slot| {
             let projection = self.config.projection.filter(|_| slot.is_basis())?;
-            let mut rates = vec![projection.own_rate(self.seen.len()); slot.shape[0]];
-            rates[0] = 1.0;
-            let shape: Vec<usize> = std::iter::once(rates.len()).chain(slot.shape[1..].iter().map(|_| 1)).collect();
-            Some(Tensor::from_vec(rates, shape, &self.device))
+            let mut shape = vec![1; slot.shape.len()];
+            shape[0] = slot.shape[0];
+            Some(Tensor::from_vec(projection.rates(self.seen.len()), shape, &self.device))
         };
         let slots = self.layout.slots().iter().zip(&self.parameters).zip(&self.gradients);
         for (((slot, parameter), gradient), (m, v)) in slots.zip(&mut self.moments) {
