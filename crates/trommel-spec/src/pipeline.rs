@@ -362,8 +362,7 @@ pub enum Precision {
 pub struct Finetune {
     /// At most this many tokens; stops early when the held-out loss no longer falls.
     pub tokens: Count,
-    /// The peak learning rate, as a multiple of pretraining's (above 0). Default 1; after a long pretraining a third, the paper's,
-    /// is better.
+    /// The peak learning rate, as a multiple of pretraining's (above 0). Default 1; the paper takes a third, after a long pretraining.
     #[serde(default = "learning_rate_multiplier")]
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub learning_rate_multiplier: f64,

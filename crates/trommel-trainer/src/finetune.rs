@@ -27,7 +27,7 @@ const EVALUATIONS: u64 = 20;
 /// Evaluations without a better one after which training stops. Three quarters of all: a model that was pretrained on text
 /// like the domain's first loses by the rate's rise to its peak, and gains from its fall.
 pub const PATIENCE: u64 = EVALUATIONS * 3 / 4;
-/// The same for fresh weights, whose held-out loss falls until they learn the documents by heart, and then rises for good.
+/// The same for fresh weights, whose held-out loss is expected to fall until they learn the documents by heart, and then to rise.
 pub const PATIENCE_FROM_SCRATCH: u64 = EVALUATIONS / 4;
 
 /// Where fine-tuning begins.

@@ -89,7 +89,8 @@ impl Recipe {
 
     /// The recipe to fine-tune a pretrained `model` on up to `tokens` tokens: that of pretraining, at `multiplier` times its rate.
     /// The paper takes a third [PE 3]. With `slm-1m`, after 1.5M generic tokens, a third, the whole and twice the rate ended 1M
-    /// tokens of a domain at 4.15, 3.93 and 3.87 nats per token; with `slm-600k`, after 4M, a third was better than the whole.
+    /// tokens of a domain at 4.15, 3.93 and 3.87 nats per token; with `slm-600k`, after 4M, a third ended lower than the whole on two of three
+    /// domains and level on the third.
     pub fn finetuning(model: &Config, tokens: u64, multiplier: f64) -> Recipe {
         let recipe = Self::pretraining(model, tokens);
         Recipe { learning_rate: multiplier * recipe.learning_rate, ..recipe }
