@@ -14,7 +14,7 @@ use datafusion::error::DataFusionError;
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
 use datafusion::execution::memory_pool::FairSpillPool;
-use datafusion::execution::runtime_env::RuntimeEnvBuilder;
+use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
 use datafusion::logical_expr::ScalarUDF;
 use datafusion::prelude::{DataFrame, ParquetReadOptions, SessionConfig, SessionContext};
 use futures::StreamExt;
@@ -28,16 +28,22 @@ use trommel_core::error::{Error, Result};
 use trommel_core::progress::{Interrupt, Progress};
 use trommel_core::storage::{AtomicFile, create_folder, write_error};
 
-/// Memory for sorting and joining before DataFusion spills to disk, over all sessions together.
-const QUERY_MEMORY: usize = 256 << 20;
+/// Memory for sorting and joining before DataFusion spills to disk, for each thread of a session. Sessions share none of it, so
+/// that whether a query succeeds does not depend on what runs beside it.
+const QUERY_MEMORY: usize = 128 << 20;
+/// Bytes of text that a batch aims at: a merge of sorted runs holds two batches of each.
+const BATCH_BYTES: u32 = 4 << 20;
+/// Rows that a batch never exceeds.
+const BATCH_ROWS: u32 = 8192;
 /// Uncompressed bytes of a row group: what a writer holds in memory, and the unit that a reader can skip.
 const ROW_GROUP_BYTES: usize = 8 << 20;
 
 /// Where and how the stages run.
 pub struct Engine {
     runtime: Runtime,
-    environment: Arc<datafusion::execution::runtime_env::RuntimeEnv>,
+    environment: RuntimeEnv,
     threads: usize,
+    batch_rows: usize,
     /// Where progress goes.
     pub progress: Arc<dyn Progress>,
     /// The request to stop.
@@ -54,29 +60,37 @@ pub struct Written {
 }
 
 impl Engine {
-    /// An engine with `threads` workers (at least 1) that spills into `spill`.
-    pub fn new(threads: usize, spill: PathBuf, progress: Arc<dyn Progress>, interrupt: Interrupt) -> Result<Engine> {
+    /// An engine with `threads` workers (at least 1) that spills into `spill`; rows hold up to `row_bytes` of text.
+    pub fn new(
+        threads: usize,
+        row_bytes: u32,
+        spill: PathBuf,
+        progress: Arc<dyn Progress>,
+        interrupt: Interrupt,
+    ) -> Result<Engine> {
         let failed = |e: String| Error::system(format!("cannot start the query engine: {e}"));
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads.max(1)).enable_all().build();
         create_folder(&spill)?;
         let environment = RuntimeEnvBuilder::new()
-            // Sorts share what joins leave: were it first come, first served, one sort could starve the next of its first batch.
-            .with_memory_pool(Arc::new(FairSpillPool::new(QUERY_MEMORY)))
             .with_disk_manager_builder(DiskManagerBuilder::default().with_mode(DiskManagerMode::Directories(vec![spill])))
-            .build_arc()
+            .build()
             .map_err(|e| failed(e.to_string()))?;
         let runtime = runtime.map_err(|e| failed(e.to_string()))?;
-        Ok(Engine { runtime, environment, threads: threads.max(1), progress, interrupt })
+        let batch_rows = (BATCH_BYTES / row_bytes.max(1)).clamp(1, BATCH_ROWS) as usize;
+        Ok(Engine { runtime, environment, threads: threads.max(1), batch_rows, progress, interrupt })
     }
 
     /// A session that knows `functions`. With one partition, rows keep the order of their files; with more, cores share.
     pub fn session(&self, partitions: usize, functions: impl IntoIterator<Item = ScalarUDF>) -> SessionContext {
         let config = SessionConfig::new()
             .with_target_partitions(partitions)
+            .with_batch_size(self.batch_rows)
             .with_information_schema(true)
             .with_parquet_pruning(true)
             .set_bool("datafusion.execution.parquet.pushdown_filters", false);
-        let session = SessionContext::new_with_config_rt(config, Arc::clone(&self.environment));
+        let memory_pool = Arc::new(FairSpillPool::new(QUERY_MEMORY * partitions));
+        let environment = RuntimeEnv { memory_pool, ..self.environment.clone() };
+        let session = SessionContext::new_with_config_rt(config, Arc::new(environment));
         functions.into_iter().for_each(|f| session.register_udf(f));
         session
     }
@@ -277,8 +291,11 @@ pub fn query_error(error: DataFusionError) -> Error {
         DataFusionError::Context(_, inner) => query_error(*inner),
         DataFusionError::Shared(shared) => Error::data(format!("a query failed: {shared}")),
         DataFusionError::ResourcesExhausted(what) => {
-            let error = Error::system(format!("a query needs more than the {} MB that it may hold", QUERY_MEMORY >> 20));
-            error.source(what).hint("cut the largest files of the corpus into several, or take fewer `--threads`")
+            let error = Error::system(format!(
+                "a query needs more than the {} MB that each of its threads may hold",
+                QUERY_MEMORY >> 20
+            ));
+            error.source(what).hint("cut the largest files of the corpus into several")
         }
         DataFusionError::IoError(e) => {
             Error::system("a query could not read or write a file").source(e).hint("check the disk, then run again")

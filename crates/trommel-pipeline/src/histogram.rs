@@ -50,13 +50,30 @@ pub fn run(engine: &Engine, outputs: &Outputs, mixtures: &[Mixture]) -> Result<(
 fn count(engine: &Engine, outputs: &Outputs) -> Result<()> {
     let session = engine.parallel_session([]);
     let files: Vec<&Path> = outputs.units.iter().map(|u| u.assignments.as_path()).collect();
-    engine.register(&session, "assignments", &files)?;
+    register_counts(engine, &session, &files)?;
     engine.register(&session, "tree", &[&outputs.clusters])?;
     let statistics = engine.collect(&session, include_str!("sql/cluster_statistics.sql"))?;
     let described = describe(engine, outputs, statistics)?;
     write_parquet(&outputs.cluster_statistics, &statistics_schema(), described.into_iter().map(Ok))?;
     let frame = engine.query(&session, include_str!("sql/histogram.sql"))?;
     engine.write(frame, &schema(), &outputs.histograms).map(|_| ())
+}
+
+/// Counts the windows of files of assignments by domain and cluster, as the table `counts`.
+pub fn register_counts(engine: &Engine, session: &SessionContext, files: &[&Path]) -> Result<()> {
+    engine.register(session, "assignments", files)?;
+    let counts = engine.collect(session, include_str!("sql/counts.sql"))?;
+    register_batches(session, "counts", counts, &counts_schema())
+}
+
+fn counts_schema() -> SchemaRef {
+    Arc::new(Schema::new(vec![
+        Field::new("domain", DataType::Utf8View, false),
+        Field::new("cluster_id", DataType::UInt32, false),
+        Field::new("windows", DataType::Int64, false),
+        Field::new("bytes", DataType::Int64, true),
+        Field::new("distance", DataType::Float64, true),
+    ]))
 }
 
 /// The table `mixtures` of queries: the share of each domain in each mixture, without a row if the plan has none.
@@ -75,7 +92,8 @@ pub fn register_mixtures(session: &SessionContext, mixtures: &[Mixture]) -> Resu
     register_batches(session, "mixtures", vec![batch], &schema)
 }
 
-fn schema() -> SchemaRef {
+/// The columns of the table `histograms`.
+pub fn schema() -> SchemaRef {
     Arc::new(Schema::new(vec![
         Field::new("domain", DataType::Utf8, false),
         Field::new("cluster_id", DataType::UInt32, false),

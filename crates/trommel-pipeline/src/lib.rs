@@ -17,6 +17,8 @@ pub mod embed;
 pub mod cluster;
 /// Windows find their cluster.
 pub mod assign;
+/// Windows with their cluster and their text.
+pub mod assigned;
 /// Clusters are counted, for the corpus and for each domain.
 pub mod histogram;
 /// Counts become importance weights.

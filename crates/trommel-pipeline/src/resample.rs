@@ -21,7 +21,8 @@ use trommel_core::seed::{Stream, unit};
 use trommel_spec::pipeline::ShardBy;
 use trommel_spec::plan::Plan;
 
-use crate::embed::{read_sample, register_texts, window_key};
+use crate::assigned::register_assigned;
+use crate::embed::{read_sample, window_key};
 use crate::engine::{Engine, ParquetSink, footer, register_batches};
 use crate::histogram::{self, Bin};
 use crate::outputs::{Outputs, Unit, drawn, streams};
@@ -213,8 +214,7 @@ impl Density {
 pub fn draw(engine: &Engine, outputs: &Outputs, plan: &Plan, unit: &Unit) -> Result<()> {
     let Some(path) = &unit.draws else { return Ok(()) };
     let session = engine.session(1, [draws_function(plan.spec.seed)]);
-    register_texts(engine, &session, unit, plan.spec.windows.bytes)?;
-    engine.register(&session, "assignments", &[&unit.assignments])?;
+    register_assigned(engine, &session, unit, plan.spec.windows.bytes)?;
     engine.register(&session, "rates", &[&outputs.rates])?;
     let frame = engine.query(&session, include_str!("sql/draw.sql"))?;
     engine.write(frame, &draws_schema(), path)?;

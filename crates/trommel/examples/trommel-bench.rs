@@ -4,6 +4,7 @@
 //! trommel-bench embed MODEL TEXTS.jsonl OUT.f32 THREADS f32|bf16
 //! trommel-bench nearest VECTORS.f32 CENTROIDS.f32 DIMENSIONS OUT.u32 THREADS f32|bf16
 //! trommel-bench kmeans VECTORS.f32 START.f32 DIMENSIONS ITERATIONS OUT.f32 THREADS
+//! trommel-bench weights FOLDER OUT.json THREADS       of assignments in `[0-9]*.parquet` and their clusters in `tree.parquet`
 //! trommel-bench train VOCAB BATCH CONTEXT f32|bf16 STEPS THREADS [EXPERTS]      a projected network with EXPERTS
 //! ```
 //!
@@ -13,18 +14,23 @@
 
 use std::fs;
 use std::io::BufRead;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
 use candle_core::Device;
 use serde_json::{Value, json};
+use trommel_core::progress::{Interrupt, Silent};
 use trommel_core::seed::Stream;
 use trommel_embed::load::load;
 use trommel_kernels::nearest::Centroids;
 use trommel_kernels::panels::Precision;
 use trommel_pipeline::cluster::kmeans::{self, Settings};
+use trommel_pipeline::engine::{Engine, register_batches};
+use trommel_pipeline::{histogram, weigh};
+use trommel_spec::pipeline::Weigh;
 use trommel_trainer::batch::Batch;
-use trommel_trainer::engine::Engine;
 use trommel_trainer::model::{Config, Projection, preset};
 use trommel_trainer::parameters::Layout;
 use trommel_trainer::recipe::Recipe;
@@ -52,6 +58,7 @@ fn main() -> anyhow::Result<()> {
             threads(count)?;
             fit(vectors, start, dimensions.parse()?, iterations.parse()?, out)
         }
+        ["weights", folder, out, count] => weights(Path::new(folder), out, count.parse()?),
         ["train", vocab, batch, context, precision, steps, count, ref experts @ ..] => {
             threads(count)?;
             let experts = experts.first().map(|n| n.parse()).transpose()?;
@@ -102,6 +109,28 @@ fn fit(vectors: &str, start: &str, dimensions: usize, iterations: u32, out: &str
     })
 }
 
+fn weights(folder: &Path, out: &str, threads: usize) -> anyhow::Result<()> {
+    let engine = Engine::new(threads, 1, folder.join("spill"), Arc::new(Silent), Interrupt::default())?;
+    let mut files = fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<anyhow::Result<Vec<_>>>()?;
+    files.retain(|path| path.extension().is_some_and(|e| e == "parquet") && !path.ends_with("tree.parquet"));
+    files.sort();
+    let files: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
+    serve(|| {
+        let start = Instant::now();
+        let session = engine.parallel_session([]);
+        histogram::register_counts(&engine, &session, &files)?;
+        engine.register(&session, "tree", &[&folder.join("tree.parquet")])?;
+        let histograms = engine.collect(&session, include_str!("../../trommel-pipeline/src/sql/histogram.sql"))?;
+        register_batches(&session, "histograms", histograms, &histogram::schema())?;
+        let weights = engine.collect(&session, &weigh::sql(&Weigh::default()))?;
+        let seconds = start.elapsed().as_secs_f64();
+        let mut writer = arrow::json::ArrayWriter::new(fs::File::create(out)?);
+        writer.write_batches(&weights.iter().collect::<Vec<_>>())?;
+        writer.finish()?;
+        Ok(json!({ "seconds": seconds }))
+    })
+}
+
 fn train(
     vocab: usize,
     sequences: usize,
@@ -112,7 +141,8 @@ fn train(
 ) -> anyhow::Result<()> {
     let config = Config { projection: experts.map(Projection::new), ..preset("slm-9m", vocab)? };
     let recipe = Recipe { precision: parse(precision)?, ..Recipe::pretraining(&config, 1_000_000) };
-    let mut engine = Engine::new(&config, Layout::new(&config).initial(1), &Device::Cpu, recipe.precision)?;
+    let mut engine =
+        trommel_trainer::engine::Engine::new(&config, Layout::new(&config).initial(1), &Device::Cpu, recipe.precision)?;
     let stream = Stream::new(1, "peers");
     let mut batch = Batch::new(context);
     for sequence in 0..sequences {

@@ -15,6 +15,7 @@ use trommel_core::storage::write_error;
 use trommel_spec::plan::Plan;
 
 use super::scores::WORDS_MIN;
+use crate::assigned::register_assigned;
 use crate::embed::{read_sample, register_texts};
 use crate::engine::{Engine, register_batches};
 use crate::outputs::{Dsir, DsirUnit};
@@ -191,8 +192,8 @@ fn candidates_schema() -> SchemaRef {
 pub fn draw(engine: &Engine, dsir: &Dsir, plan: &Plan, unit: &DsirUnit) -> Result<()> {
     let (Some(scores), Some(path)) = (&unit.scores, &unit.unit.draws) else { return Ok(()) };
     let session = engine.session(1, [draws_function(plan.spec.seed)]);
-    register_texts(engine, &session, &unit.unit, plan.spec.windows.bytes)?;
-    for (table, path) in [("scores", scores), ("selection", &dsir.selection), ("assignments", &unit.unit.assignments)] {
+    register_assigned(engine, &session, &unit.unit, plan.spec.windows.bytes)?;
+    for (table, path) in [("scores", scores), ("selection", &dsir.selection)] {
         engine.register(&session, table, &[path])?;
     }
     let frame = engine.query(&session, include_str!("../sql/dsir_draw.sql"))?;

@@ -1,11 +1,8 @@
 -- How often each cluster occurs in the corpus and in each domain: share_c = windows_c / sum of windows.  [PE 2.4]
 -- Every domain has a row for every cluster, so that an empty one is seen as such.
--- in:  assignments(source, cluster_id, byte_len, ...), tree(cluster_id, leaf, ...)
+-- in:  counts(domain, cluster_id, windows, bytes, ...), tree(cluster_id, leaf, ...)
 -- out: domain, cluster_id, windows, bytes, share
-WITH counts AS (
-  SELECT source AS domain, cluster_id, count(*) AS windows, sum(CAST(byte_len AS BIGINT)) AS bytes
-  FROM assignments GROUP BY source, cluster_id
-), totals AS (
+WITH totals AS (
   SELECT domain, sum(windows) AS windows FROM counts GROUP BY domain
 )
 SELECT totals.domain, tree.cluster_id, coalesce(counts.windows, 0) AS windows, coalesce(counts.bytes, 0) AS bytes,
