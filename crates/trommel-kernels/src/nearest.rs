@@ -117,6 +117,49 @@ impl Centroids {
         found
     }
 
+    /// For each of `vectors`, the points whose [`squared_distance`] from it is below their limit, in their order, with it. There is
+    /// a limit for each point, and `index` is the point.
+    pub fn closer(&self, vectors: &[f32], limits: &[f32]) -> Vec<Vec<Nearest>> {
+        assert!(vectors.len().is_multiple_of(self.dimensions) && limits.len() == self.count(), "a wrong shape");
+        let rows = vectors.len() / self.dimensions;
+        let of_block = |(block, panels): (usize, &Panels)| {
+            let first = block * COLUMNS;
+            let limits = &limits[first..(first + COLUMNS).min(limits.len())];
+            let mut products = vec![0.0; rows * limits.len()];
+            let left = Matrix::new(vectors, rows, self.dimensions);
+            panels.multiply(MatrixMut::new(&mut products, rows, limits.len()), Target::Overwrite, left);
+            let vectors = vectors.chunks_exact(self.dimensions).zip(products.chunks_exact_mut(limits.len()));
+            vectors.map(|(vector, products)| self.closer_in_block(vector, first, products, limits)).collect::<Vec<_>>()
+        };
+        let blocks: Vec<_> = self.blocks.par_iter().enumerate().map(of_block).collect();
+        (0..rows).map(|row| blocks.iter().flat_map(|found| &found[row]).copied().collect()).collect()
+    }
+
+    fn closer_in_block(&self, vector: &[f32], first: usize, products: &mut [f32], limits: &[f32]) -> Vec<Nearest> {
+        score(products, &self.squared_norms[first..first + limits.len()]);
+        let size = Size::of(vector, self.precision);
+        // The distance that is compared with the limit in the end is a sum in f32 too.
+        let reach = size.norm + self.largest.norm;
+        let summing = (3 * self.dimensions + 8) as f32 * f32::EPSILON * reach * reach;
+        let margin = 2.0 * self.rounding(size) + summing - squared_norm(vector);
+        let mut found = Vec::new();
+        for (chunk, (scores, limits)) in products.chunks(4 * LANES).zip(limits.chunks(4 * LANES)).enumerate() {
+            if !any_below(scores, limits, margin) {
+                continue;
+            }
+            for (at, (_, &limit)) in
+                scores.iter().zip(limits).enumerate().filter(|(_, (score, limit))| *score - margin < **limit)
+            {
+                let index = first + chunk * 4 * LANES + at;
+                let squared_distance = squared_distance(&self.points[index * self.dimensions..][..self.dimensions], vector);
+                if squared_distance < limit {
+                    found.push(Nearest { index: index as u32, squared_distance });
+                }
+            }
+        }
+        found
+    }
+
     /// Leaves, for each of the `vectors` of one block, the centroids that can be the nearest, in their order.
     fn find_candidates(&self, vectors: &[f32], scores: &mut [f32], candidates: &mut [Vec<Candidate>]) {
         let rows = candidates.len();
@@ -142,10 +185,14 @@ impl Centroids {
     /// How far the score of the nearest centroid can be above the lowest score: twice the bound of one score.
     fn doubt(&self, vector: &[f32]) -> f32 {
         let size = Size::of(vector, self.precision);
-        let rounding = size.residual * self.largest.norm + (size.norm + size.residual) * self.largest.residual;
         // A sum of n numbers in f32, in whatever order, is off by at most n roundings of the sum of their magnitudes.
         let summing = (self.dimensions + 4) as f32 * f32::EPSILON * (size.norm + self.largest.norm) * self.largest.norm;
-        4.0 * (rounding + summing)
+        4.0 * (self.rounding(size) + summing)
+    }
+
+    /// The most that rounding takes from the product of a vector and a centroid.
+    fn rounding(&self, vector: Size) -> f32 {
+        vector.residual * self.largest.norm + (vector.norm + vector.residual) * self.largest.residual
     }
 
     /// The candidate at the lowest distance, the first one of several.
@@ -198,6 +245,12 @@ fn collect_up_to(scores: &[f32], limit: f32, first: u32, candidates: &mut Vec<Ca
 vectorized! {
     fn any_up_to(scores: &[f32], limit: f32) -> bool {
         scores.iter().fold(false, |any, score| any | (*score <= limit))
+    }
+}
+
+vectorized! {
+    fn any_below(scores: &[f32], limits: &[f32], margin: f32) -> bool {
+        scores.iter().zip(limits).fold(false, |any, (score, limit)| any | (score - margin < *limit))
     }
 }
 
@@ -263,6 +316,29 @@ mod tests {
                     let lowest = distances.iter().copied().fold(f32::INFINITY, f32::min);
                     assert!((distances[found.index as usize] - lowest).abs() < 1e-5);
                     assert!((found.squared_distance - lowest).abs() < 1e-5);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn closer_points_are_those_of_the_naive_search() {
+        for (rows, count, dimensions) in [(1, 1, 1), (3, 2, 5), (8, 513, 33), (9, 1030, 64), (0, 4, 8)] {
+            let (vectors, points) = (numbers(rows * dimensions, 1), numbers(count * dimensions, 99));
+            // Limits all over the range of distances, some of them met exactly.
+            let middle = |i: usize| squared_distance(&points[i * dimensions..][..dimensions], &points[..dimensions]);
+            let limits: Vec<f32> = (0..count).map(|i| if i % 7 == 3 { f32::INFINITY } else { middle(i) }).collect();
+            for precision in BOTH {
+                let found = Centroids::in_precision(precision, points.clone(), dimensions).closer(&vectors, &limits);
+                assert_eq!(found.len(), rows);
+                for (found, vector) in found.iter().zip(vectors.chunks_exact(dimensions)) {
+                    let all = points.chunks_exact(dimensions).zip(&limits).zip(0..);
+                    let all = all.map(|((point, &limit), index)| (index, squared_distance(point, vector), limit));
+                    let wanted: Vec<Nearest> = all
+                        .filter(|(_, distance, limit)| distance < limit)
+                        .map(|(index, squared_distance, _)| Nearest { index, squared_distance })
+                        .collect();
+                    assert_eq!(*found, wanted);
                 }
             }
         }

@@ -7,7 +7,7 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use trommel_core::seed::Stream;
-use trommel_kernels::nearest::{Centroids, Nearest, squared_distance};
+use trommel_kernels::nearest::{Centroids, Nearest};
 
 /// How to fit.
 #[derive(Debug, Clone)]
@@ -58,25 +58,30 @@ pub fn refine(
 fn start(sample: &[f32], dimensions: usize, k: usize, generator: &mut ChaCha8Rng) -> Vec<f32> {
     let rows = (sample.len() / dimensions).min((16 * k).max(4096));
     let row = |i: usize| &sample[i * dimensions..(i + 1) * dimensions];
+    let points = Centroids::new(sample[..rows * dimensions].to_vec(), dimensions);
     let candidates = 2 + (k as f64).ln() as usize;
-    // The distances of all rows once `chosen` is a centroid too, and their sum.
-    let with = |distances: &[f32], chosen: usize| -> (f64, Vec<f32>) {
-        let newest = row(chosen);
-        let closer = |(i, &d): (usize, &f32)| d.min(squared_distance(row(i), newest));
-        let distances: Vec<f32> = distances.par_iter().enumerate().with_min_len(1024).map(closer).collect();
-        (distances.iter().map(|&d| f64::from(d)).sum(), distances)
+    // For each row of `chosen`, the distances of all rows once it is a centroid too, and their sum.
+    let with = |distances: &[f32], chosen: &[usize]| -> Vec<(f64, Vec<f32>)> {
+        let newest: Vec<f32> = chosen.iter().flat_map(|&i| row(i)).copied().collect();
+        let closer = points.closer(&newest, distances).into_par_iter().map(|closer| {
+            let mut distances = distances.to_vec();
+            closer.iter().for_each(|found| distances[found.index as usize] = found.squared_distance);
+            (distances.iter().map(|&d| f64::from(d)).sum(), distances)
+        });
+        closer.collect()
     };
     let first = generator.random_range(0..rows);
-    let mut points = row(first).to_vec();
-    let (mut total, mut distances) = with(&vec![f32::INFINITY; rows], first);
-    while points.len() < k * dimensions && total > 0.0 {
+    let mut centroids = row(first).to_vec();
+    let mut best = with(&vec![f32::INFINITY; rows], &[first]).pop();
+    while let Some((total, distances)) = best.filter(|(total, _)| centroids.len() < k * dimensions && *total > 0.0) {
         let drawn: Vec<usize> = (0..candidates).map(|_| draw(&distances, generator.random::<f64>() * total)).collect();
-        let tried = drawn.into_iter().map(|chosen| (chosen, with(&distances, chosen)));
-        let Some((chosen, best)) = tried.min_by(|a, b| a.1.0.total_cmp(&b.1.0)) else { break };
-        points.extend_from_slice(row(chosen));
-        (total, distances) = best;
+        let tried = drawn.iter().zip(with(&distances, &drawn)).min_by(|a, b| a.1.0.total_cmp(&b.1.0));
+        best = tried.map(|(&chosen, with_it)| {
+            centroids.extend_from_slice(row(chosen));
+            with_it
+        });
     }
-    points
+    centroids
 }
 
 /// The row at `place` when rows lie side by side, each as wide as its distance.
