@@ -16,7 +16,7 @@ use crate::outputs::Unit;
 
 /// Assigns the windows of one unit.
 pub fn run(engine: &Engine, unit: &Unit, tree: &Arc<Tree>) -> Result<()> {
-    let session = engine.session(1, [nearest_cluster_function(tree)]);
+    let session = engine.session([nearest_cluster_function(tree)]);
     engine.register(&session, "embeddings", &[&unit.embeddings])?;
     let frame = engine.query(&session, include_str!("sql/assign.sql"))?;
     let written = engine.write(frame, &assignments(), &unit.assignments)?;

@@ -208,7 +208,7 @@ fn shards(run_dir: &Path, catalog: &Catalog) -> Result<RecordBatch> {
 
 /// The place and reason of the first rejected row among some reject files.
 pub fn first_reject(engine: &Engine, files: &[&Path]) -> Result<String> {
-    let session = engine.session(1, []);
+    let session = engine.session([]);
     engine.register(&session, "rejects", files)?;
     let sql = r#"SELECT file, "row", reason FROM rejects ORDER BY file, "row" LIMIT 1"#;
     let batches = engine.collect(&session, sql)?;

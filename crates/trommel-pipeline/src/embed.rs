@@ -54,7 +54,7 @@ impl Pass<'_> {
     pub fn run(&self, unit: &Unit) -> Result<()> {
         let mut functions = vec![windows_function(self.window_bytes), content_key_function()];
         functions.extend(self.embedder.map(embed_function));
-        let session = self.engine.session(1, functions);
+        let session = self.engine.session(functions);
         let rejected = register_source(&session, unit, Arc::clone(&self.engine.progress))?;
         let sql = if self.embedder.is_some() { include_str!("sql/embed.sql") } else { include_str!("sql/windows.sql") };
         let frame = self.engine.query(&session, sql)?;
@@ -367,7 +367,7 @@ pub struct SampledWindow {
 /// The windows of lowest priority in the whole corpus, in order of priority: the same however the corpus is split.
 pub fn read_sample(engine: &Engine, outputs: &crate::outputs::Outputs) -> Result<Vec<SampledWindow>> {
     let files: Vec<&Path> = outputs.corpus().filter_map(|u| u.sample.as_deref()).collect();
-    let session = engine.session(1, []);
+    let session = engine.session([]);
     engine.register(&session, "samples", &files)?;
     let sql = format!("SELECT text, embedding FROM samples ORDER BY priority, document, text LIMIT {SAMPLE_WINDOWS}");
     let (mut sample, mut bytes) = (Vec::new(), 0);

@@ -31,7 +31,7 @@ use trommel_core::storage::{AtomicFile, create_folder, write_error};
 /// Memory for sorting and joining before DataFusion spills to disk, for each thread of a session. Sessions share none of it, so
 /// that whether a query succeeds does not depend on what runs beside it.
 const QUERY_MEMORY: usize = 128 << 20;
-/// Bytes of text that a batch aims at: a merge of sorted runs holds two batches of each.
+/// Bytes of text that a batch of a session for texts aims at: a merge of sorted runs holds two batches of each.
 const BATCH_BYTES: u32 = 4 << 20;
 /// Rows that a batch never exceeds.
 const BATCH_ROWS: u32 = 8192;
@@ -80,11 +80,25 @@ impl Engine {
         Ok(Engine { runtime, environment, threads: threads.max(1), batch_rows, progress, interrupt })
     }
 
-    /// A session that knows `functions`. With one partition, rows keep the order of their files; with more, cores share.
-    pub fn session(&self, partitions: usize, functions: impl IntoIterator<Item = ScalarUDF>) -> SessionContext {
+    /// A session that knows `functions`, for texts and what is made of them: rows keep the order of their files.
+    pub fn session(&self, functions: impl IntoIterator<Item = ScalarUDF>) -> SessionContext {
+        self.session_of(1, self.batch_rows, functions)
+    }
+
+    /// A session for queries over whole tables, which all cores share.
+    pub fn parallel_session(&self, functions: impl IntoIterator<Item = ScalarUDF>) -> SessionContext {
+        self.session_of(self.threads, BATCH_ROWS as usize, functions)
+    }
+
+    fn session_of(
+        &self,
+        partitions: usize,
+        batch_rows: usize,
+        functions: impl IntoIterator<Item = ScalarUDF>,
+    ) -> SessionContext {
         let config = SessionConfig::new()
             .with_target_partitions(partitions)
-            .with_batch_size(self.batch_rows)
+            .with_batch_size(batch_rows)
             .with_information_schema(true)
             .with_parquet_pruning(true)
             .set_bool("datafusion.execution.parquet.pushdown_filters", false);
@@ -93,11 +107,6 @@ impl Engine {
         let session = SessionContext::new_with_config_rt(config, Arc::new(environment));
         functions.into_iter().for_each(|f| session.register_udf(f));
         session
-    }
-
-    /// A session for queries over whole tables.
-    pub fn parallel_session(&self, functions: impl IntoIterator<Item = ScalarUDF>) -> SessionContext {
-        self.session(self.threads, functions)
     }
 
     /// Waits for something asynchronous.

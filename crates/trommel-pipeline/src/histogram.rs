@@ -40,7 +40,7 @@ pub fn run(engine: &Engine, outputs: &Outputs, mixtures: &[Mixture]) -> Result<(
         count(engine, outputs)?;
     }
     let Some(path) = outputs.mixtures.as_ref().filter(|path| !path.exists()) else { return Ok(()) };
-    let session = engine.session(1, []);
+    let session = engine.session([]);
     engine.register(&session, "histograms", &[&outputs.histograms])?;
     register_mixtures(&session, mixtures)?;
     let frame = engine.query(&session, include_str!("sql/mixture.sql"))?;
@@ -116,7 +116,7 @@ fn statistics_schema() -> SchemaRef {
 
 /// Reads the histograms of the corpus and of the domains with documents of their own, ordered by domain and cluster.
 pub fn read(engine: &Engine, outputs: &Outputs) -> Result<Vec<Bin>> {
-    let session = engine.session(1, []);
+    let session = engine.session([]);
     engine.register(&session, "histograms", &[&outputs.histograms])?;
     let mut bins = Vec::new();
     let sql = "SELECT domain, cluster_id, windows, bytes, share FROM histograms ORDER BY domain, cluster_id";

@@ -34,7 +34,7 @@ pub fn sql(weigh: &Weigh) -> String {
 
 /// Writes the weights; refuses a domain of which nothing can be drawn.
 pub fn run(engine: &Engine, outputs: &Outputs, spec: &Pipeline) -> Result<Written> {
-    let session = engine.session(1, []);
+    let session = engine.session([]);
     engine.register(&session, "histograms", &outputs.histogram_files())?;
     let batches = engine.collect(&session, &sql(&spec.weigh))?;
     let weights: Vec<Weight> = batches.iter().flat_map(rows).collect();
@@ -82,7 +82,7 @@ fn rows(batch: &RecordBatch) -> Vec<Weight> {
 
 /// Reads the weights back, ordered by domain and cluster.
 pub fn read(engine: &Engine, outputs: &Outputs) -> Result<Vec<Weight>> {
-    let session = engine.session(1, []);
+    let session = engine.session([]);
     engine.register(&session, "weights", &[&outputs.weights])?;
     let sql = "SELECT domain, cluster_id, p_domain, p_corpus, weight FROM weights ORDER BY domain, cluster_id";
     let weights: Vec<Weight> = engine.collect(&session, sql)?.iter().flat_map(rows).collect();

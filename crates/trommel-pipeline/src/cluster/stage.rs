@@ -89,7 +89,7 @@ fn write(path: &Path, nodes: &[Node], dimensions: usize) -> Result<Written> {
 
 /// Reads the tree back.
 pub fn read(engine: &Engine, outputs: &Outputs) -> Result<Tree> {
-    let session = engine.session(1, []);
+    let session = engine.session([]);
     engine.register(&session, "tree", &[&outputs.clusters])?;
     let (mut nodes, mut dimensions) = (Vec::new(), 0);
     for batch in engine.collect(&session, "SELECT cluster_id, parent_id, level, centroid FROM tree ORDER BY cluster_id")? {

@@ -21,7 +21,7 @@ use crate::outputs::{Dsir, DsirUnit};
 
 /// Counts the n-grams of one input file.
 pub fn count(engine: &Engine, window_bytes: u32, unit: &DsirUnit) -> Result<()> {
-    let session = engine.session(1, []);
+    let session = engine.session([]);
     session.register_udaf(ngram_counts_function());
     register_texts(engine, &session, &unit.unit, window_bytes)?;
     let sql = include_str!("../sql/dsir_counts.sql").replace("{source}", &unit.unit.source);
@@ -33,7 +33,7 @@ pub fn count(engine: &Engine, window_bytes: u32, unit: &DsirUnit) -> Result<()> 
 
 /// Writes the probabilities, when every file is counted.
 pub fn write(engine: &Engine, dsir: &Dsir, mixtures: &[Mixture]) -> Result<()> {
-    let session = engine.session(1, []);
+    let session = engine.session([]);
     let files: Vec<&Path> = dsir.units.iter().map(|u| u.counts.as_path()).collect();
     engine.register(&session, "counts", &files)?;
     register_mixtures(&session, mixtures)?;
@@ -64,7 +64,7 @@ pub struct LogRatios {
 impl LogRatios {
     /// Reads them from the file that `write` has made.
     pub fn read(engine: &Engine, dsir: &Dsir) -> Result<LogRatios> {
-        let session = engine.session(1, []);
+        let session = engine.session([]);
         engine.register(&session, "ratios", &[&dsir.ratios])?;
         let sql = "SELECT domain, p_domain, p_corpus FROM ratios ORDER BY domain, bucket";
         let (mut domains, mut shares): (Vec<String>, Vec<[f64; 2]>) = (Vec::new(), Vec::new());
