@@ -69,18 +69,24 @@ fn a_report_says_what_the_run_has_found_and_what_is_missing() {
         assert!(rows.iter().any(|r| r[..2] == [variant.as_str(), &domain] && r.contains(&figure)), "{row}: {rows:?}");
     }
     // Two seeds on two domains, by hand.
-    let tuned = |seed: u64| {
-        let found = results.iter().filter(|r| r["method"] == "slm" && r["stage"] == "finetuned" && r["seed"] == seed);
+    let loss = |method: &str, variant: &str, seed: u64| {
+        let of_model = |r: &&Value| text(r, "method") == method && text(r, "variant") == variant && r["seed"] == seed;
+        let found = results.iter().filter(of_model).filter(|r| r["stage"] == "finetuned");
         let losses: Vec<f64> = found.map(|r| number(r, "perplexity").ln()).collect();
         assert_eq!(losses.len(), 2);
-        (losses.iter().sum::<f64>() / 2.0).exp()
+        losses.iter().sum::<f64>() / 2.0
     };
-    let (a, b) = (tuned(3), tuned(4));
+    let (a, b) = (loss("slm", "", 3).exp(), loss("slm", "", 4).exp());
     let macro_average = format!("{:.2} ± {:.2}", (a + b) / 2.0, ((a - b).powi(2) / 2.0).sqrt());
-    let overview = rows.iter().find(|r| r.len() == 9 && r[0] == "slm").unwrap();
-    assert_eq!(overview[2], macro_average);
+    let overview = rows.iter().find(|r| r.len() == 10 && r[0] == "slm").unwrap();
+    assert_eq!(overview[2..4], [macro_average.as_str(), "-"]);
     let slm = results.iter().find(|r| r["method"] == "slm" && r["stage"] == "finetuned").unwrap();
-    assert_eq!(overview[3], format!("{:.2}M", number(&slm["generic"], "tokens") / 1e6));
+    assert_eq!(overview[4], format!("{:.2}M", number(&slm["generic"], "tokens") / 1e6));
+    // One seed of another method, against the model of that seed.
+    let variant = text(results.iter().find(|r| r["method"] == "slm-is").unwrap(), "variant");
+    let difference = format!("{:+.3}", loss("slm-is", &variant, 3) - loss("slm", "", 3));
+    let resampled = rows.iter().find(|r| r.len() == 10 && r[0] == format!("slm-is {variant}")).unwrap();
+    assert_eq!(resampled[3], difference);
 
     // Every method is in the tables and in the charts; a network of each seed has two charts and its distances.
     let names: BTreeSet<String> =

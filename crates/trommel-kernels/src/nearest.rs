@@ -323,22 +323,25 @@ mod tests {
 
     #[test]
     fn closer_points_are_those_of_the_naive_search() {
-        for (rows, count, dimensions) in [(1, 1, 1), (3, 2, 5), (8, 513, 33), (9, 1030, 64), (0, 4, 8)] {
-            let (vectors, points) = (numbers(rows * dimensions, 1), numbers(count * dimensions, 99));
-            // Limits all over the range of distances, some of them met exactly.
-            let middle = |i: usize| squared_distance(&points[i * dimensions..][..dimensions], &points[..dimensions]);
-            let limits: Vec<f32> = (0..count).map(|i| if i % 7 == 3 { f32::INFINITY } else { middle(i) }).collect();
-            for precision in BOTH {
-                let found = Centroids::in_precision(precision, points.clone(), dimensions).closer(&vectors, &limits);
-                assert_eq!(found.len(), rows);
-                for (found, vector) in found.iter().zip(vectors.chunks_exact(dimensions)) {
-                    let all = points.chunks_exact(dimensions).zip(&limits).zip(0..);
-                    let all = all.map(|((point, &limit), index)| (index, squared_distance(point, vector), limit));
-                    let wanted: Vec<Nearest> = all
-                        .filter(|(_, distance, limit)| distance < limit)
-                        .map(|(index, squared_distance, _)| Nearest { index, squared_distance })
-                        .collect();
-                    assert_eq!(*found, wanted);
+        for (count, dimensions) in [(1, 1), (2, 5), (513, 33), (1030, 64)] {
+            for scale in [1e-6, 1.0, 40.0] {
+                let vector: Vec<f32> = numbers(dimensions, 1).iter().map(|x| x * scale).collect();
+                let mut points: Vec<f32> = numbers(count * dimensions, 99).iter().map(|x| x * scale).collect();
+                // A long one, which widens the doubt about all.
+                points[..dimensions].iter_mut().for_each(|x| *x *= 100.0);
+                let distance = |i: usize| squared_distance(&points[i * dimensions..][..dimensions], &vector);
+                // By one unit in the last place: a limit is met, or missed, or there is none.
+                let limit = |i: usize| [distance(i), distance(i).next_up(), f32::INFINITY][i % 3];
+                let limits: Vec<f32> = (0..count).map(limit).collect();
+                let of = |i: usize| Nearest { index: i as u32, squared_distance: distance(i) };
+                let wanted: Vec<Nearest> = (0..count).filter(|i| i % 3 > 0).map(of).collect();
+                for precision in BOTH {
+                    let centroids = Centroids::in_precision(precision, points.clone(), dimensions);
+                    assert_eq!(
+                        centroids.closer(&[vector.clone(), vector.clone()].concat(), &limits),
+                        [wanted.clone(), wanted.clone()]
+                    );
+                    assert!(centroids.closer(&[], &limits).is_empty());
                 }
             }
         }

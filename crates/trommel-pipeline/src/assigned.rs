@@ -1,18 +1,19 @@
 //! The windows of one file with their text and their cluster: two files of one order, read side by side.
 //!
-//! A join would hold one of the two in memory, and a file may have millions of windows.
+//! A join of the two would hold one of them in memory, and a file may have millions of windows.
 
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
-use arrow::compute::{cast, concat_batches};
+use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::catalog::streaming::StreamingTable;
 use datafusion::error::{DataFusionError, Result as QueryResult};
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::streaming::PartitionStream;
-use datafusion::prelude::{DataFrame, SessionContext};
+use datafusion::physical_plan::{ExecutionPlan, execute_stream};
+use datafusion::prelude::SessionContext;
 use futures::{StreamExt, TryStreamExt};
 use trommel_core::error::{Error, Result};
 
@@ -24,8 +25,10 @@ use crate::outputs::Unit;
 pub fn register_assigned(engine: &Engine, session: &SessionContext, unit: &Unit, window_bytes: u32) -> Result<()> {
     register_texts(engine, session, unit, window_bytes)?;
     engine.register(session, "assignments", &[&unit.assignments])?;
-    let texts = engine.query(session, "SELECT row, window, text FROM texts")?;
-    let clusters = engine.query(session, "SELECT row, window, document, cluster_id FROM assignments")?;
+    // Plans, not queries: a query holds the session that is to hold this table.
+    let plan = |sql| engine.wait(engine.query(session, sql)?.create_physical_plan()).map_err(query_error);
+    let texts = plan("SELECT row, window, text FROM texts")?;
+    let clusters = plan("SELECT row, window, document, cluster_id FROM assignments")?;
     let assigned = Assigned { file: unit.file.path.display().to_string(), schema: schema(), texts, clusters };
     let table = StreamingTable::try_new(schema(), vec![Arc::new(assigned)]).map_err(query_error)?;
     session.register_table("assigned", Arc::new(table)).map_err(query_error)?;
@@ -50,8 +53,19 @@ const KEY: usize = 2;
 struct Assigned {
     file: String,
     schema: SchemaRef,
-    texts: DataFrame,
-    clusters: DataFrame,
+    texts: Arc<dyn ExecutionPlan>,
+    clusters: Arc<dyn ExecutionPlan>,
+}
+
+impl Assigned {
+    fn read(&self, context: &Arc<TaskContext>) -> QueryResult<SideBySide> {
+        let side = |plan: &Arc<dyn ExecutionPlan>| -> QueryResult<Side> {
+            let stream = execute_stream(Arc::clone(plan), Arc::clone(context))?;
+            Ok(Side { rest: RecordBatch::new_empty(stream.schema()), stream })
+        };
+        let (texts, clusters) = (side(&self.texts)?, side(&self.clusters)?);
+        Ok(SideBySide { file: self.file.clone(), schema: Arc::clone(&self.schema), texts, clusters })
+    }
 }
 
 impl PartitionStream for Assigned {
@@ -59,56 +73,61 @@ impl PartitionStream for Assigned {
         &self.schema
     }
 
-    fn execute(&self, _: Arc<TaskContext>) -> SendableRecordBatchStream {
-        let (texts, clusters) = (self.texts.clone(), self.clusters.clone());
-        let (file, schema) = (self.file.clone(), Arc::clone(&self.schema));
-        let start = async move {
-            let (texts, clusters) = (texts.execute_stream().await?, clusters.execute_stream().await?);
-            let ahead = RecordBatch::new_empty(clusters.schema());
-            Ok::<_, DataFusionError>(futures::stream::try_unfold(
-                SideBySide { file, schema, texts, clusters, ahead },
-                SideBySide::next,
-            ))
-        };
-        Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.schema), futures::stream::once(start).try_flatten()))
+    fn execute(&self, context: Arc<TaskContext>) -> SendableRecordBatchStream {
+        let both = futures::stream::once(std::future::ready(self.read(&context)));
+        let batches = both.map_ok(|both| futures::stream::try_unfold(both, SideBySide::next)).try_flatten();
+        Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.schema), batches))
     }
 }
 
-/// Both sides as they are read; their batches end at different rows.
+/// One side as it is read.
+struct Side {
+    stream: SendableRecordBatchStream,
+    /// Rows that wait for the other side.
+    rest: RecordBatch,
+}
+
+impl Side {
+    /// How many rows wait: none at the end only.
+    async fn waiting(&mut self) -> QueryResult<usize> {
+        while self.rest.num_rows() == 0 {
+            let Some(next) = self.stream.next().await.transpose()? else { break };
+            self.rest = next;
+        }
+        Ok(self.rest.num_rows())
+    }
+
+    fn take(&mut self, rows: usize) -> RecordBatch {
+        let taken = self.rest.slice(0, rows);
+        self.rest = self.rest.slice(rows, self.rest.num_rows() - rows);
+        taken
+    }
+}
+
+/// Both sides; their batches end at different rows, and what goes on is as long as the shorter one.
 struct SideBySide {
     file: String,
     schema: SchemaRef,
-    texts: SendableRecordBatchStream,
-    clusters: SendableRecordBatchStream,
-    /// Rows of `clusters` whose text is still to come.
-    ahead: RecordBatch,
+    texts: Side,
+    clusters: Side,
 }
 
 impl SideBySide {
     async fn next(mut self) -> QueryResult<Option<(RecordBatch, SideBySide)>> {
-        let Some(texts) = self.texts.next().await.transpose()? else {
-            self.read_clusters(1).await?;
-            return if self.ahead.num_rows() == 0 { Ok(None) } else { Err(self.changed()) };
+        let waiting = [self.texts.waiting().await?, self.clusters.waiting().await?];
+        let rows = match waiting {
+            [0, 0] => return Ok(None),
+            [0, _] | [_, 0] => return Err(self.changed()),
+            [texts, clusters] => texts.min(clusters),
         };
-        let rows = texts.num_rows();
-        self.read_clusters(rows).await?;
-        if self.ahead.num_rows() < rows || self.ahead.slice(0, rows).columns()[..KEY] != texts.columns()[..KEY] {
+        let (texts, clusters) = (self.texts.take(rows), self.clusters.take(rows));
+        if clusters.columns()[..KEY] != texts.columns()[..KEY] {
             return Err(self.changed());
         }
-        let columns = [self.ahead.slice(0, rows).columns(), &texts.columns()[KEY..]].concat();
+        let columns = [clusters.columns(), &texts.columns()[KEY..]].concat();
         let columns = columns.iter().zip(self.schema.fields()).map(|(column, field)| cast(column, field.data_type()));
         let both = RecordBatch::try_new(Arc::clone(&self.schema), columns.collect::<Result<_, _>>()?)?;
-        self.ahead = self.ahead.slice(rows, self.ahead.num_rows() - rows);
         Ok(Some((both, self)))
-    }
-
-    /// Reads until `rows` rows are ahead, or all that there are.
-    async fn read_clusters(&mut self, rows: usize) -> QueryResult<()> {
-        while self.ahead.num_rows() < rows {
-            let Some(next) = self.clusters.next().await.transpose()? else { break };
-            self.ahead = concat_batches(&next.schema(), [&self.ahead, &next])?;
-        }
-        Ok(())
     }
 
     fn changed(&self) -> DataFusionError {
@@ -128,7 +147,9 @@ mod tests {
     /// Windows `rows`, in batches of `batch` rows, with a text or with document and cluster.
     fn batches(rows: std::ops::Range<u32>, batch: usize, with_text: bool) -> Vec<RecordBatch> {
         let rows: Vec<u32> = rows.collect();
-        let names = |part: &[u32]| Arc::new(StringViewArray::from_iter_values(part.iter().map(u32::to_string))) as ArrayRef;
+        let names = |part: &[u32]| {
+            Arc::new(StringViewArray::from_iter_values(part.iter().map(|i| format!("window number {i}")))) as ArrayRef
+        };
         let numbers = |part: &[u32]| Arc::new(UInt32Array::from(part.to_vec())) as ArrayRef;
         let one = |part: &[u32]| {
             let row = Arc::new(Int64Array::from_iter_values(part.iter().map(|&i| i64::from(i)))) as ArrayRef;
@@ -149,9 +170,12 @@ mod tests {
             let empty = batches[0].schema();
             register_batches(&session, table, batches, &empty).unwrap();
         }
-        let (texts, clusters) = (session.table("texts").await?, session.table("clusters").await?);
+        let texts = session.table("texts").await?.create_physical_plan().await?;
+        let clusters = session.table("clusters").await?.create_physical_plan().await?;
         let assigned = Assigned { file: "part.parquet".into(), schema: schema(), texts, clusters };
         let read: Vec<RecordBatch> = assigned.execute(session.task_ctx()).try_collect().await?;
+        // Each batch refers to what it was read from, and to nothing that came before.
+        assert!(read.iter().all(|batch| batch.column(2).as_string_view().data_buffers().len() <= 1));
         let rows = |batch: &RecordBatch| {
             let (clusters, texts) =
                 (batch.column(3).as_primitive::<UInt32Type>().clone(), batch.column(4).as_string_view().clone());
@@ -162,7 +186,7 @@ mod tests {
 
     #[tokio::test]
     async fn every_text_meets_its_cluster_wherever_batches_end() {
-        let wanted: Vec<_> = (0..23).map(|i| (i, i.to_string())).collect();
+        let wanted: Vec<_> = (0..23).map(|i| (i, format!("window number {i}"))).collect();
         for (texts, clusters) in [(1, 23), (23, 1), (5, 7), (7, 5), (4, 4)] {
             assert_eq!(read(batches(0..23, texts, true), batches(0..23, clusters, false)).await.unwrap(), wanted);
         }

@@ -29,7 +29,7 @@ use trommel_core::progress::{Interrupt, Progress};
 use trommel_core::storage::{AtomicFile, create_folder, write_error};
 
 /// Memory for sorting and joining before DataFusion spills to disk, for each thread of a session. Sessions share none of it, so
-/// that whether a query succeeds does not depend on what runs beside it.
+/// that whether a query succeeds does not depend on what runs beside it: with as many sessions as threads, 128 MB for each thread in all.
 const QUERY_MEMORY: usize = 128 << 20;
 /// Bytes of text that a batch of a session for texts aims at: a merge of sorted runs holds two batches of each.
 const BATCH_BYTES: u32 = 4 << 20;

@@ -4,7 +4,7 @@
 //! trommel-bench embed MODEL TEXTS.jsonl OUT.f32 THREADS f32|bf16
 //! trommel-bench nearest VECTORS.f32 CENTROIDS.f32 DIMENSIONS OUT.u32 THREADS f32|bf16
 //! trommel-bench kmeans VECTORS.f32 START.f32 DIMENSIONS ITERATIONS OUT.f32 THREADS
-//! trommel-bench weights FOLDER OUT.json THREADS       of assignments in `[0-9]*.parquet` and their clusters in `tree.parquet`
+//! trommel-bench weights FOLDER OUT.json THREADS       of assignments in its `.parquet` files, and clusters in `tree.parquet`
 //! trommel-bench train VOCAB BATCH CONTEXT f32|bf16 STEPS THREADS [EXPERTS]      a projected network with EXPERTS
 //! ```
 //!

@@ -57,6 +57,8 @@ pub(crate) struct Summary {
     /// Perplexity before and after tuning; over several domains, `exp` of the mean of the loss per token.
     pub(crate) before: Option<Figure>,
     pub(crate) after: Option<Figure>,
+    /// Loss per token after tuning minus that of `slm` with the same seed, in nats: what a seed does to both is gone.
+    pub(crate) minus_slm: Option<Figure>,
     pub(crate) bits_per_byte: f64,
     /// Means over seeds and domains: all of the cost, and the part of it that all domains share.
     pub(crate) cost: Cost,
@@ -64,10 +66,9 @@ pub(crate) struct Summary {
 }
 
 impl Summary {
-    /// That of the outcomes of one method and variant. A seed counts if it is there for each of `domains`.
-    fn of(found: &[&Outcome], domains: usize) -> Summary {
-        let stage = |stage: &str| -> Vec<&Outcome> { found.iter().copied().filter(|o| o.stage == stage).collect() };
-        let (before, after) = (stage("pretrained"), stage("finetuned"));
+    /// That of the outcomes of one method and variant, and of `slm`. A seed counts if it is there for each of `domains`.
+    fn of(found: &[&Outcome], slm: &[&Outcome], domains: usize) -> Summary {
+        let (before, after) = (at_stage(found, "pretrained"), at_stage(found, "finetuned"));
         let last = if after.is_empty() { &before } else { &after };
         let costs = |get: fn(&Outcome) -> Cost| {
             let mean = |part: fn(Cost) -> f64| mean(last.iter().map(|o| part(get(o))));
@@ -78,6 +79,7 @@ impl Summary {
             variant: found[0].variant.clone(),
             before: perplexity(&before, domains),
             after: perplexity(&after, domains),
+            minus_slm: difference(&after, &at_stage(slm, "finetuned"), domains).filter(|_| found[0].method != "slm"),
             bits_per_byte: mean(last.iter().map(|o| o.bits_per_byte)),
             cost: costs(|o| Cost { tokens: o.train_tokens, seconds: o.seconds, flops: o.flops }),
             generic: costs(|o| o.generic),
@@ -109,15 +111,33 @@ fn mean(values: impl Iterator<Item = f64> + Clone) -> f64 {
     values.clone().sum::<f64>() / values.count() as f64
 }
 
+fn at_stage<'a>(found: &[&'a Outcome], stage: &str) -> Vec<&'a Outcome> {
+    found.iter().copied().filter(|o| o.stage == stage).collect()
+}
+
 fn perplexity(found: &[&Outcome], domains: usize) -> Option<Figure> {
     if let ([one], 1) = (found, domains) {
         return Some(Figure { mean: one.perplexity, error: Some(one.stderr) });
     }
+    over_seeds(losses(found, domains).into_values().map(f64::exp))
+}
+
+fn difference(found: &[&Outcome], slm: &[&Outcome], domains: usize) -> Option<Figure> {
+    let plain = losses(slm, domains);
+    over_seeds(losses(found, domains).into_iter().filter_map(|(seed, loss)| Some(loss - plain.get(&seed)?)))
+}
+
+/// The mean over domains of the loss per token, for each seed that is there for all of `domains`.
+fn losses(found: &[&Outcome], domains: usize) -> BTreeMap<u64, f64> {
     let mut losses: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
     found.iter().for_each(|o| losses.entry(o.seed).or_default().push(o.perplexity.ln()));
-    let whole = losses.values().filter(|of_seed| of_seed.len() == domains);
-    let means: Vec<f64> = whole.map(|of_seed| mean(of_seed.iter().copied()).exp()).collect();
-    (!means.is_empty()).then(|| Figure::over_seeds(&means))
+    let whole = losses.into_iter().filter(|(_, of_seed)| of_seed.len() == domains);
+    whole.map(|(seed, of_seed)| (seed, mean(of_seed.into_iter()))).collect()
+}
+
+fn over_seeds(values: impl Iterator<Item = f64>) -> Option<Figure> {
+    let values: Vec<f64> = values.collect();
+    (!values.is_empty()).then(|| Figure::over_seeds(&values))
 }
 
 fn grouped<K: Ord>(outcomes: &[Outcome], key: impl Fn(&Outcome) -> K) -> BTreeMap<K, Vec<&Outcome>> {
@@ -129,19 +149,27 @@ fn grouped<K: Ord>(outcomes: &[Outcome], key: impl Fn(&Outcome) -> K) -> BTreeMa
 /// One summary per domain, method and variant, with the domain.
 pub(crate) fn by_domain(outcomes: &[Outcome]) -> Vec<(String, Summary)> {
     let groups = grouped(outcomes, |o| (o.domain.clone(), o.method.clone(), o.variant.clone()));
-    groups.into_iter().map(|((domain, ..), found)| (domain, Summary::of(&found, 1))).collect()
+    let slm = |domain: &str| groups.get(&(domain.to_owned(), "slm".to_owned(), String::new())).map_or(&[][..], Vec::as_slice);
+    groups.iter().map(|((domain, ..), found)| (domain.clone(), Summary::of(found, slm(domain), 1))).collect()
 }
 
 /// One summary per method and variant, over all domains.
 pub(crate) fn macro_averages(outcomes: &[Outcome]) -> Vec<Summary> {
     let domains = grouped(outcomes, |o| o.domain.clone()).len();
     let groups = grouped(outcomes, |o| (o.method.clone(), o.variant.clone()));
-    groups.into_values().map(|found| Summary::of(&found, domains)).collect()
+    let slm = groups.get(&("slm".to_owned(), String::new())).map_or(&[][..], Vec::as_slice);
+    groups.values().map(|found| Summary::of(found, slm, domains)).collect()
 }
 
 /// A figure that is not there as `-`.
 pub(crate) fn known(figure: Option<Figure>) -> String {
     figure.map_or_else(|| "-".to_owned(), |figure| figure.to_string())
+}
+
+/// A difference of losses, with its sign.
+pub(crate) fn signed(difference: Option<Figure>) -> String {
+    let error = |figure: Figure| figure.error.map_or_else(String::new, |error| format!(" ± {error:.3}"));
+    difference.map_or_else(|| "-".to_owned(), |figure| format!("{:+.3}{}", figure.mean, error(figure)))
 }
 
 /// One row per domain and method, and the macro average over domains where there are several.
@@ -191,6 +219,21 @@ mod tests {
         assert!(one.contains("10.00 ± 0.50") && !one.contains("macro"), "{one}");
         // A seed that lacks a domain has no macro average.
         assert_eq!(known(macro_averages(&rows[..3])[0].after), "20.00");
+    }
+
+    #[test]
+    fn a_difference_is_paired_by_seed() {
+        let network = |domain, seed, perplexity| Outcome { method: "slm-pn".into(), ..outcome(domain, seed, perplexity) };
+        let mut rows = vec![outcome("a", 1, 10.0), outcome("a", 2, 20.0), outcome("b", 1, 10.0), outcome("b", 2, 30.0)];
+        // 0.2 and 0.4 nats below on `a`, level on `b`; the third seed has no partner.
+        let below = |perplexity: f64, nats: f64| perplexity * (-nats).exp();
+        rows.extend([network("a", 1, below(10.0, 0.2)), network("a", 2, below(20.0, 0.4)), network("a", 3, 1.0)]);
+        rows.extend([network("b", 1, 10.0), network("b", 2, 30.0), network("b", 3, 1.0)]);
+        let summaries = macro_averages(&rows);
+        assert_eq!(summaries.iter().map(|s| signed(s.minus_slm)).collect::<Vec<_>>(), ["-", "-0.150 ± 0.071"]);
+        let of_domains = by_domain(&rows);
+        assert_eq!(signed(of_domains[1].1.minus_slm), "-0.300 ± 0.141");
+        assert_eq!(signed(macro_averages(&rows[4..])[0].minus_slm), "-");
     }
 
     #[test]

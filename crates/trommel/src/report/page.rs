@@ -7,7 +7,7 @@ use trommel_pipeline::results::Cost;
 
 use super::networks::{Network, values};
 use super::{Report, plots};
-use crate::compare::outcome::{Summary, by_domain, known, macro_averages, meaning};
+use crate::compare::outcome::{Summary, by_domain, known, macro_averages, meaning, signed};
 
 /// Black in a chart is the colour of the text.
 const STYLE: &str = r#"
@@ -127,11 +127,21 @@ fn best_first(report: &Report) -> Vec<Summary> {
 fn results(report: &Report) -> Markup {
     let summaries = best_first(report);
     let overview = summaries.iter().map(|s| {
-        let reached = vec![s.name(), known(s.before), known(s.after)];
+        let reached = vec![s.name(), known(s.before), known(s.after), signed(s.minus_slm)];
         ([reached, cost(s.generic).to_vec(), cost(s.specialise()).to_vec()].concat(), false)
     });
-    let header =
-        ["method", "before tuning", "fine-tuned", "shared tokens", "FLOPs", "hours", "tokens/domain", "FLOPs", "hours"];
+    let header = [
+        "method",
+        "before tuning",
+        "fine-tuned",
+        "minus slm",
+        "shared tokens",
+        "FLOPs",
+        "hours",
+        "tokens/domain",
+        "FLOPs",
+        "hours",
+    ];
     let mut methods: Vec<&str> = summaries.iter().map(|s| s.method.as_str()).collect();
     methods.sort_unstable();
     methods.dedup();
@@ -144,7 +154,8 @@ fn results(report: &Report) -> Markup {
         } @else {
             p {
                 "Perplexity on held-out documents, the macro average over domains: exp of the mean over domains of the loss per token; "
-                "mean and standard deviation over seeds; of a single model on one domain, the standard error over documents. Costs are means over seeds and domains: what is paid once for all domains, and "
+                "mean and standard deviation over seeds; of a single model on one domain, the standard error over documents. "
+                "“Minus slm” is the loss per token after tuning minus that of slm with the same seed, in nats: below zero is better. Costs are means over seeds and domains: what is paid once for all domains, and "
                 "what each domain adds."
             }
             (table(&header, 1, overview))
@@ -165,10 +176,10 @@ fn of_method(method: &str, domains: &[(String, Summary)], summaries: &[Summary])
     rows.sort_by_key(|(s, domain)| (s.variant.clone(), domain.is_none()));
     let row = |(s, domain): (&Summary, Option<&str>)| {
         let texts = vec![s.variant.clone(), domain.unwrap_or("(macro average)").to_owned()];
-        let figures = vec![known(s.before), known(s.after), format!("{:.3}", s.bits_per_byte)];
+        let figures = vec![known(s.before), known(s.after), signed(s.minus_slm), format!("{:.3}", s.bits_per_byte)];
         ([texts, figures].concat(), domain.is_none())
     };
-    table(&["variant", "domain", "before tuning", "fine-tuned", "bits/byte"], 2, rows.into_iter().map(row))
+    table(&["variant", "domain", "before tuning", "fine-tuned", "minus slm", "bits/byte"], 2, rows.into_iter().map(row))
 }
 
 fn charts(report: &Report) -> anyhow::Result<Markup> {
