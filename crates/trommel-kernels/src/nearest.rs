@@ -124,40 +124,36 @@ impl Centroids {
         let rows = vectors.len() / self.dimensions;
         let of_block = |(block, panels): (usize, &Panels)| {
             let first = block * COLUMNS;
-            let limits = &limits[first..(first + COLUMNS).min(limits.len())];
-            let mut products = vec![0.0; rows * limits.len()];
+            let norms = self.squared_norms[first..].iter().zip(&limits[first..]).take(COLUMNS);
+            let norms: Vec<f32> = norms.map(|(norm, limit)| norm - limit).collect();
+            let mut scores = vec![0.0; rows * norms.len()];
             let left = Matrix::new(vectors, rows, self.dimensions);
-            panels.multiply(MatrixMut::new(&mut products, rows, limits.len()), Target::Overwrite, left);
-            let vectors = vectors.chunks_exact(self.dimensions).zip(products.chunks_exact_mut(limits.len()));
-            vectors.map(|(vector, products)| self.closer_in_block(vector, first, products, limits)).collect::<Vec<_>>()
+            panels.multiply(MatrixMut::new(&mut scores, rows, norms.len()), Target::Overwrite, left);
+            let mut candidates = Vec::new();
+            let closer =
+                vectors.chunks_exact(self.dimensions).zip(scores.chunks_exact_mut(norms.len())).map(|(vector, scores)| {
+                    score(scores, &norms);
+                    candidates.clear();
+                    collect_up_to(scores, self.reach(vector), first as u32, &mut candidates);
+                    let found = candidates.iter().map(|candidate| {
+                        let point = &self.points[candidate.index as usize * self.dimensions..][..self.dimensions];
+                        Nearest { index: candidate.index, squared_distance: squared_distance(point, vector) }
+                    });
+                    found.filter(|found| found.squared_distance < limits[found.index as usize]).collect::<Vec<_>>()
+                });
+            closer.collect::<Vec<_>>()
         };
         let blocks: Vec<_> = self.blocks.par_iter().enumerate().map(of_block).collect();
         (0..rows).map(|row| blocks.iter().flat_map(|found| &found[row]).copied().collect()).collect()
     }
 
-    fn closer_in_block(&self, vector: &[f32], first: usize, products: &mut [f32], limits: &[f32]) -> Vec<Nearest> {
-        score(products, &self.squared_norms[first..first + limits.len()]);
+    /// The highest score, less the limit, of a point that can be closer than its limit.
+    fn reach(&self, vector: &[f32]) -> f32 {
         let size = Size::of(vector, self.precision);
-        // The distance that is compared with the limit in the end is a sum in f32 too.
-        let reach = size.norm + self.largest.norm;
-        let summing = (3 * self.dimensions + 8) as f32 * f32::EPSILON * reach * reach;
-        let margin = 2.0 * self.rounding(size) + summing - squared_norm(vector);
-        let mut found = Vec::new();
-        for (chunk, (scores, limits)) in products.chunks(4 * LANES).zip(limits.chunks(4 * LANES)).enumerate() {
-            if !any_below(scores, limits, margin) {
-                continue;
-            }
-            for (at, (_, &limit)) in
-                scores.iter().zip(limits).enumerate().filter(|(_, (score, limit))| *score - margin < **limit)
-            {
-                let index = first + chunk * 4 * LANES + at;
-                let squared_distance = squared_distance(&self.points[index * self.dimensions..][..self.dimensions], vector);
-                if squared_distance < limit {
-                    found.push(Nearest { index: index as u32, squared_distance });
-                }
-            }
-        }
-        found
+        let lengths = size.norm + self.largest.norm;
+        // As in `doubt`, and for the distance that is compared with the limit in the end, which is a sum in f32 too.
+        let summing = (3 * self.dimensions + 8) as f32 * f32::EPSILON * lengths * lengths;
+        2.0 * self.rounding(size) + summing - squared_norm(vector)
     }
 
     /// Leaves, for each of the `vectors` of one block, the centroids that can be the nearest, in their order.
@@ -245,12 +241,6 @@ fn collect_up_to(scores: &[f32], limit: f32, first: u32, candidates: &mut Vec<Ca
 vectorized! {
     fn any_up_to(scores: &[f32], limit: f32) -> bool {
         scores.iter().fold(false, |any, score| any | (*score <= limit))
-    }
-}
-
-vectorized! {
-    fn any_below(scores: &[f32], limits: &[f32], margin: f32) -> bool {
-        scores.iter().zip(limits).fold(false, |any, (score, limit)| any | (score - margin < *limit))
     }
 }
 
