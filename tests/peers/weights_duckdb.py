@@ -41,17 +41,19 @@ out = folder / "weights.json"
 ours = Ours("weights", folder, out, arguments.threads)
 
 
+connection = duckdb.connect(config={"threads": arguments.threads})
+connection.execute(f"CREATE VIEW assignments AS FROM read_parquet('{folder}/[0-9]*.parquet')")
+connection.execute(f"CREATE VIEW tree AS FROM read_parquet('{folder}/tree.parquet')")
+
+
 def peer():
-    with duckdb.connect(config={"threads": arguments.threads}) as connection:
-        connection.execute(f"CREATE VIEW assignments AS FROM read_parquet('{folder}/[0-9]*.parquet')")
-        connection.execute(f"CREATE VIEW tree AS FROM read_parquet('{folder}/tree.parquet')")
-        connection.execute(f"CREATE TABLE counts AS {counts}")
-        return connection.execute(query).fetchall()
+    connection.execute(f"CREATE OR REPLACE TABLE counts AS {counts}")
+    return connection.execute(query).fetch_arrow_table()
 
 
 def agree():
     mine = [tuple(row.values()) for row in json.loads(out.read_text())]
-    theirs = peer()
+    theirs = [tuple(row.values()) for row in peer().to_pylist()]
     note(f"{len(mine)} rows of ours, {len(theirs)} of the peer")
     return len(mine) == len(theirs) == len(DOMAINS) * CLUSTERS and all(
         a[:2] == b[:2] and all(math.isclose(x, y, rel_tol=1e-9) for x, y in zip(a[2:], b[2:])) for a, b in zip(mine, theirs))

@@ -29,7 +29,7 @@ pub(crate) fn meaning(method: &str) -> &str {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Figure {
     pub(crate) mean: f64,
-    /// The standard deviation over seeds; with one seed, the standard error over the documents of one domain.
+    /// The standard deviation over seeds; of a perplexity with one seed, the standard error over the documents of one domain.
     pub(crate) error: Option<f64>,
 }
 
@@ -149,7 +149,8 @@ fn grouped<K: Ord>(outcomes: &[Outcome], key: impl Fn(&Outcome) -> K) -> BTreeMa
 /// One summary per domain, method and variant, with the domain.
 pub(crate) fn by_domain(outcomes: &[Outcome]) -> Vec<(String, Summary)> {
     let groups = grouped(outcomes, |o| (o.domain.clone(), o.method.clone(), o.variant.clone()));
-    let slm = |domain: &str| groups.get(&(domain.to_owned(), "slm".to_owned(), String::new())).map_or(&[][..], Vec::as_slice);
+    let slm =
+        |domain: &str| groups.get(&(domain.to_owned(), "slm".to_owned(), String::new())).map(Vec::as_slice).unwrap_or_default();
     groups.iter().map(|((domain, ..), found)| (domain.clone(), Summary::of(found, slm(domain), 1))).collect()
 }
 
@@ -157,7 +158,7 @@ pub(crate) fn by_domain(outcomes: &[Outcome]) -> Vec<(String, Summary)> {
 pub(crate) fn macro_averages(outcomes: &[Outcome]) -> Vec<Summary> {
     let domains = grouped(outcomes, |o| o.domain.clone()).len();
     let groups = grouped(outcomes, |o| (o.method.clone(), o.variant.clone()));
-    let slm = groups.get(&("slm".to_owned(), String::new())).map_or(&[][..], Vec::as_slice);
+    let slm = groups.get(&("slm".to_owned(), String::new())).map(Vec::as_slice).unwrap_or_default();
     groups.values().map(|found| Summary::of(found, slm, domains)).collect()
 }
 
