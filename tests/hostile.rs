@@ -236,6 +236,21 @@ fn files_whose_windows_do_not_fit_in_memory() {
     assert_eq!(counts[0]["lost"], 0);
 }
 
+/// The files' samples together are more than a query may hold in memory.
+#[test]
+fn many_files_with_full_samples() {
+    let bench = Bench::new();
+    let paragraph = text(1, 7, 100_000) + "\n";
+    for file in 0..6 {
+        let document = |i: usize| format!("{file} {i} {}", paragraph.repeat(34_000_000 / 8 / paragraph.len()));
+        bench.write_texts(&format!("corpus/{file}.parquet"), &(0..8).map(document).collect::<Vec<_>>());
+    }
+    let called = bench.call(&["run", "p.yaml", "--until", "resample", "--set", "windows.bytes=65536"]);
+    assert_eq!(called.code, 0, "{}", called.stderr);
+    let sampled = &bench.query("SELECT count(top_terms) AS described FROM clusters WHERE cardinality(top_terms) > 0")[0];
+    assert!(sampled["described"].as_u64().unwrap() > 0, "{sampled}");
+}
+
 #[test]
 fn a_folder_without_permission() {
     // The superuser may write everywhere, so this needs a user who may not.

@@ -11,7 +11,7 @@ use arrow::array::{
     ArrayRef, AsArray, FixedSizeListArray, Float16Array, Int64Array, RecordBatch, StringArray, StringViewArray, UInt32Array,
     UInt64Array,
 };
-use arrow::datatypes::{DataType, Field, Float16Type, Schema, SchemaRef, UInt32Type};
+use arrow::datatypes::{DataType, Field, Float16Type, Schema, SchemaRef, UInt32Type, UInt64Type};
 use datafusion::catalog::streaming::StreamingTable;
 use datafusion::error::DataFusionError;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
@@ -52,9 +52,9 @@ pub struct Pass<'a> {
 impl Pass<'_> {
     /// Writes what is missing of a unit's windows, embeddings and sample.
     pub fn run(&self, unit: &Unit) -> Result<()> {
-        let mut functions = vec![windows_function(self.window_bytes), content_key_function()];
+        let mut functions = vec![windows_function(self.window_bytes), content_key_function(), priority_function(self.seed)];
         functions.extend(self.embedder.map(embed_function));
-        let session = self.engine.session(functions);
+        let session = self.engine.text_session(self.window_bytes, functions);
         let rejected = register_source(&session, unit, Arc::clone(&self.engine.progress))?;
         let sql = if self.embedder.is_some() { include_str!("sql/embed.sql") } else { include_str!("sql/windows.sql") };
         let frame = self.engine.query(&session, sql)?;
@@ -65,7 +65,7 @@ impl Pass<'_> {
             None => None,
         };
         let mut sample = match (self.embedder, &unit.sample) {
-            (Some(embedder), Some(_)) => Some(Sample::new(self.seed, embedder.dimensions())),
+            (Some(embedder), Some(_)) => Some((Sample::default(), embedder.dimensions())),
             _ => None,
         };
         let mut documents = 0;
@@ -76,7 +76,7 @@ impl Pass<'_> {
             for sink in [&mut window_sink, &mut embedding_sink].into_iter().flatten() {
                 sink.write(&batch)?;
             }
-            if let Some(sample) = &mut sample {
+            if let Some((sample, _)) = &mut sample {
                 sample.add(&batch)?;
             }
         }
@@ -87,8 +87,8 @@ impl Pass<'_> {
             write_rejects(unit, rejected)?;
             sink.finish()?;
         }
-        if let (Some(sample), Some(path)) = (sample, &unit.sample) {
-            sample.write(path)?;
+        if let (Some((sample, dimensions)), Some(path)) = (sample, &unit.sample) {
+            sample.write(path, dimensions)?;
         }
         embedding_sink.map(ParquetSink::finish).transpose()?;
         Ok(())
@@ -235,28 +235,19 @@ pub fn numbers(column: &ArrayRef) -> Result<Vec<f32>> {
     }
 }
 
-/// The priority of a window in every sample of the corpus; low ones are taken first.
-pub fn priority(stream: &Stream, document: &str, window: u32) -> u64 {
-    stream.bits(&window_key(document, window))
-}
-
 /// The key of a window in hashes: its document's key, then its number.
 pub fn window_key(document: &str, window: u32) -> Vec<u8> {
     [document.as_bytes(), &window.to_le_bytes()].concat()
 }
 
-/// The stream of [`priority`].
-pub fn priority_stream(seed: u64) -> Stream {
-    Stream::new(seed, "sample")
-}
-
-/// SQL `priority(document, window)`.
+/// SQL `priority(document, window)`: a window's priority in every sample of the corpus; low ones are taken first.
 pub fn priority_function(seed: u64) -> ScalarUDF {
-    let stream = priority_stream(seed);
+    let stream = Stream::new(seed, "sample");
     let compute = move |arguments: &[ColumnarValue]| {
         let columns = ColumnarValue::values_to_arrays(arguments)?;
         let (documents, windows) = (columns[0].as_string_view(), columns[1].as_primitive::<UInt32Type>());
-        let priorities = documents.iter().zip(windows.values()).map(|(d, &w)| priority(&stream, d.unwrap_or_default(), w));
+        let keys = documents.iter().zip(windows.values()).map(|(d, &w)| window_key(d.unwrap_or_default(), w));
+        let priorities = keys.map(|key| stream.bits(&key));
         Ok(ColumnarValue::Array(Arc::new(UInt64Array::from_iter_values(priorities))))
     };
     create_udf(
@@ -269,9 +260,8 @@ pub fn priority_function(seed: u64) -> ScalarUDF {
 }
 
 /// The windows of lowest priority among those seen, with their text and vector.
+#[derive(Default)]
 struct Sample {
-    stream: Stream,
-    dimensions: usize,
     heap: BinaryHeap<Sampled>,
     bytes: usize,
 }
@@ -287,16 +277,13 @@ struct Sampled {
 }
 
 impl Sample {
-    fn new(seed: u64, dimensions: usize) -> Self {
-        Sample { stream: priority_stream(seed), dimensions, heap: BinaryHeap::new(), bytes: 0 }
-    }
-
     /// Whether the sample is complete without its window of highest priority.
     fn is_over(&self) -> bool {
         let last = self.heap.peek().map_or(0, |s| s.text.len());
         self.heap.len() > SAMPLE_WINDOWS || self.bytes - last >= SAMPLE_BYTES
     }
 
+    /// Takes what belongs to the sample of the columns `priority`, `document`, `window`, `text` and `embedding`.
     fn add(&mut self, batch: &RecordBatch) -> Result<()> {
         let column =
             |name: &str| batch.column_by_name(name).ok_or_else(|| Error::internal(format!("the column `{name}` is missing")));
@@ -305,10 +292,11 @@ impl Sample {
         };
         let (documents, texts): (ArrayRef, ArrayRef) = (as_text("document")?, as_text("text")?);
         let (documents, texts) = (documents.as_string_view(), texts.as_string_view());
+        let priorities = column("priority")?.as_primitive::<UInt64Type>();
         let windows = column("window")?.as_primitive::<UInt32Type>();
         let vectors = column("embedding")?.as_fixed_size_list();
         for row in 0..batch.num_rows() {
-            let priority = priority(&self.stream, documents.value(row), windows.value(row));
+            let priority = priorities.value(row);
             let full = self.heap.len() >= SAMPLE_WINDOWS || self.bytes >= SAMPLE_BYTES;
             if full && self.heap.peek().is_some_and(|last| last.priority < priority) {
                 continue;
@@ -325,8 +313,7 @@ impl Sample {
         Ok(())
     }
 
-    fn write(self, path: &Path) -> Result<()> {
-        let dimensions = self.dimensions;
+    fn write(self, path: &Path, dimensions: usize) -> Result<()> {
         let rows = self.heap.into_sorted_vec();
         let schema = sample_schema(dimensions);
         let vectors =
@@ -367,21 +354,15 @@ pub struct SampledWindow {
 /// The windows of lowest priority in the whole corpus, in order of priority: the same however the corpus is split.
 pub fn read_sample(engine: &Engine, outputs: &crate::outputs::Outputs) -> Result<Vec<SampledWindow>> {
     let files: Vec<&Path> = outputs.corpus().filter_map(|u| u.sample.as_deref()).collect();
-    let session = engine.session([]);
+    let session = engine.text_session((SAMPLE_BYTES / SAMPLE_WINDOWS) as u32, []);
     engine.register(&session, "samples", &files)?;
-    let sql = format!("SELECT text, embedding FROM samples ORDER BY priority, document, text LIMIT {SAMPLE_WINDOWS}");
-    let (mut sample, mut bytes) = (Vec::new(), 0);
-    for batch in engine.collect(&session, &sql)? {
-        let vectors = numbers(batch.column(1))?;
-        let dimensions = vectors.len() / batch.num_rows().max(1);
-        let texts = batch.column(0).as_string_view();
-        for (text, embedding) in texts.iter().flatten().zip(vectors.chunks_exact(dimensions.max(1))) {
-            if bytes >= SAMPLE_BYTES {
-                return Ok(sample);
-            }
-            bytes += text.len();
-            sample.push(SampledWindow { text: text.to_owned(), embedding: embedding.to_vec() });
-        }
+    let mut sample = Sample::default();
+    for batch in engine.stream(engine.query(&session, "SELECT * FROM samples")?)? {
+        sample.add(&batch?)?;
     }
-    Ok(sample)
+    let window = |sampled: Sampled| {
+        let embedding = sampled.embedding.into_iter().map(|bits| f16::from_bits(bits).to_f32()).collect();
+        SampledWindow { text: sampled.text, embedding }
+    };
+    Ok(sample.heap.into_sorted_vec().into_iter().map(window).collect())
 }

@@ -31,7 +31,7 @@ use trommel_core::storage::{AtomicFile, create_folder, write_error};
 /// Memory for sorting and joining before DataFusion spills to disk, for each thread of a session. Sessions share none of it, so
 /// that whether a query succeeds does not depend on what runs beside it: with as many sessions as threads, 128 MB for each thread in all.
 const QUERY_MEMORY: usize = 128 << 20;
-/// Bytes of text that a batch of a session for texts aims at: a merge of sorted runs holds two batches of each.
+/// Bytes of text that a batch of a text session aims at: a merge of sorted runs holds two batches of each.
 const BATCH_BYTES: u32 = 4 << 20;
 /// Rows that a batch never exceeds.
 const BATCH_ROWS: u32 = 8192;
@@ -43,7 +43,6 @@ pub struct Engine {
     runtime: Runtime,
     environment: RuntimeEnv,
     threads: usize,
-    batch_rows: usize,
     /// Where progress goes.
     pub progress: Arc<dyn Progress>,
     /// The request to stop.
@@ -60,14 +59,8 @@ pub struct Written {
 }
 
 impl Engine {
-    /// An engine with `threads` workers (at least 1) that spills into `spill`; rows hold up to `row_bytes` of text.
-    pub fn new(
-        threads: usize,
-        row_bytes: u32,
-        spill: PathBuf,
-        progress: Arc<dyn Progress>,
-        interrupt: Interrupt,
-    ) -> Result<Engine> {
+    /// An engine with `threads` workers (at least 1) that spills into `spill`.
+    pub fn new(threads: usize, spill: PathBuf, progress: Arc<dyn Progress>, interrupt: Interrupt) -> Result<Engine> {
         let failed = |e: String| Error::system(format!("cannot start the query engine: {e}"));
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads.max(1)).enable_all().build();
         create_folder(&spill)?;
@@ -76,29 +69,28 @@ impl Engine {
             .build()
             .map_err(|e| failed(e.to_string()))?;
         let runtime = runtime.map_err(|e| failed(e.to_string()))?;
-        let batch_rows = (BATCH_BYTES / row_bytes.max(1)).clamp(1, BATCH_ROWS) as usize;
-        Ok(Engine { runtime, environment, threads: threads.max(1), batch_rows, progress, interrupt })
+        Ok(Engine { runtime, environment, threads: threads.max(1), progress, interrupt })
     }
 
-    /// A session that knows `functions`, for texts and what is made of them: rows keep the order of their files.
+    /// A session that knows `functions`, where rows keep the order of their files.
     pub fn session(&self, functions: impl IntoIterator<Item = ScalarUDF>) -> SessionContext {
-        self.session_of(1, self.batch_rows, functions)
+        self.session_of(1, BATCH_ROWS, functions)
+    }
+
+    /// A [`Engine::session`] for windows with their text, of up to `window_bytes` bytes each.
+    pub fn text_session(&self, window_bytes: u32, functions: impl IntoIterator<Item = ScalarUDF>) -> SessionContext {
+        self.session_of(1, (BATCH_BYTES / window_bytes.max(1)).clamp(1, BATCH_ROWS), functions)
     }
 
     /// A session for queries over whole tables, which all cores share.
     pub fn parallel_session(&self, functions: impl IntoIterator<Item = ScalarUDF>) -> SessionContext {
-        self.session_of(self.threads, BATCH_ROWS as usize, functions)
+        self.session_of(self.threads, BATCH_ROWS, functions)
     }
 
-    fn session_of(
-        &self,
-        partitions: usize,
-        batch_rows: usize,
-        functions: impl IntoIterator<Item = ScalarUDF>,
-    ) -> SessionContext {
+    fn session_of(&self, partitions: usize, batch_rows: u32, functions: impl IntoIterator<Item = ScalarUDF>) -> SessionContext {
         let config = SessionConfig::new()
             .with_target_partitions(partitions)
-            .with_batch_size(batch_rows)
+            .with_batch_size(batch_rows as usize)
             .with_information_schema(true)
             .with_parquet_pruning(true)
             .set_bool("datafusion.execution.parquet.pushdown_filters", false);

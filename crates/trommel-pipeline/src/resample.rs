@@ -213,7 +213,7 @@ impl Density {
 /// Draws from one corpus unit, for every domain at once.
 pub fn draw(engine: &Engine, outputs: &Outputs, plan: &Plan, unit: &Unit) -> Result<()> {
     let Some(path) = &unit.draws else { return Ok(()) };
-    let session = engine.session([draws_function(plan.spec.seed)]);
+    let session = engine.text_session(plan.spec.windows.bytes, [draws_function(plan.spec.seed)]);
     register_assigned(engine, &session, unit, plan.spec.windows.bytes)?;
     engine.register(&session, "rates", &[&outputs.rates])?;
     let frame = engine.query(&session, include_str!("sql/draw.sql"))?;

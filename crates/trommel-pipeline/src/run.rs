@@ -115,7 +115,7 @@ impl<'a> Run<'a> {
         remove_folder(&spill)?;
         let embedder: Arc<dyn Embedder> = Arc::from(load_embedder(plan)?);
         let outputs = Outputs::of(plan, embedder.key())?;
-        let engine = Engine::new(threads, plan.spec.windows.bytes, spill, progress, interrupt)?;
+        let engine = Engine::new(threads, spill, progress, interrupt)?;
         Ok(Run { plan, outputs, embedder, engine, reports: Vec::new(), _lock: lock })
     }
 

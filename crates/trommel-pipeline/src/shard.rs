@@ -70,7 +70,7 @@ impl Sharding<'_> {
     /// Writes the shards and the manifest of one domain. `None` if the draws end before the budget is met.
     pub fn run(&self, domain: &str, folder: &Path) -> Result<Option<Written>> {
         let encoder = Encoder::read(&self.outputs.tokenizer)?;
-        let session = self.engine.session([encoder.tokenize_function()]);
+        let session = self.engine.text_session(self.plan.spec.windows.bytes, [encoder.tokenize_function()]);
         let files: Vec<&Path> = self.outputs.corpus().filter_map(|u| u.draws.as_deref()).collect();
         self.engine.register(&session, "draws", &files)?;
         let budget = self.plan.spec.resample.tokens.0;
@@ -107,7 +107,7 @@ impl Sharding<'_> {
     /// Writes the shards of every cluster of the corpus, and the manifest.
     pub fn by_cluster(&self, folder: &Path) -> Result<Written> {
         let encoder = Encoder::read(&self.outputs.tokenizer)?;
-        let session = self.engine.session([encoder.tokenize_function()]);
+        let session = self.engine.text_session(self.plan.spec.windows.bytes, [encoder.tokenize_function()]);
         let files: Vec<&Path> = self.outputs.corpus().filter_map(|u| u.draws.as_deref()).collect();
         self.engine.register(&session, "draws", &files)?;
         // Files are written in the order of their names, so the last one's cluster is the only one that may be incomplete.

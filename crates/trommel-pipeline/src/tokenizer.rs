@@ -26,6 +26,9 @@ const END_OF_TEXT: &str = "<|endoftext|>";
 /// What other tokenizers call it.
 const END_OF_TEXT_NAMES: [&str; 5] = [END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>"];
 
+/// Texts that are encoded at a time: until its ids are taken, an encoding holds some hundred bytes for each token.
+const ENCODED_TOGETHER: usize = 256;
+
 /// Trains the tokenizer, or copies the given one.
 pub fn run(engine: &Engine, outputs: &Outputs, spec: &pipeline::Tokenizer) -> Result<Written> {
     let (tokenizer, rows) = match &spec.path {
@@ -102,9 +105,13 @@ impl Encoder {
 
     /// The tokens of each text, in parallel.
     pub fn encode(&self, texts: Vec<&str>) -> Result<Vec<Vec<u32>>> {
-        let encodings = self.tokenizer.encode_batch_fast(texts, false);
-        let encodings = encodings.map_err(|e| Error::internal("a text cannot be tokenized").source(e))?;
-        Ok(encodings.into_iter().map(|e| e.get_ids().to_vec()).collect())
+        let mut tokens = Vec::with_capacity(texts.len());
+        for texts in texts.chunks(ENCODED_TOGETHER) {
+            let encodings = self.tokenizer.encode_batch_fast(texts.to_vec(), false);
+            let encodings = encodings.map_err(|e| Error::internal("a text cannot be tokenized").source(e))?;
+            tokens.extend(encodings.into_iter().map(|e| e.get_ids().to_vec()));
+        }
+        Ok(tokens)
     }
 
     /// The type of a list of tokens: 16 bits each where the vocabulary allows it.

@@ -110,7 +110,7 @@ fn fit(vectors: &str, start: &str, dimensions: usize, iterations: u32, out: &str
 }
 
 fn weights(folder: &Path, out: &str, threads: usize) -> anyhow::Result<()> {
-    let engine = Engine::new(threads, 1, folder.join("spill"), Arc::new(Silent), Interrupt::default())?;
+    let engine = Engine::new(threads, folder.join("spill"), Arc::new(Silent), Interrupt::default())?;
     let mut files = fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<anyhow::Result<Vec<_>>>()?;
     files.retain(|path| path.extension().is_some_and(|e| e == "parquet") && !path.ends_with("tree.parquet"));
     files.sort();

@@ -150,7 +150,7 @@ impl Candidates<'_> {
     /// Tokenizes the candidates of one corpus file.
     fn count(&self, unit: &DsirUnit, number: usize, bounds: &BTreeMap<&str, f64>) -> Result<()> {
         let Some(scores) = &unit.scores else { return Ok(()) };
-        let session = self.engine.session([self.encoder.tokenize_function()]);
+        let session = self.engine.text_session(self.plan.spec.windows.bytes, [self.encoder.tokenize_function()]);
         register_texts(self.engine, &session, &unit.unit, self.plan.spec.windows.bytes)?;
         self.engine.register(&session, "scores", &[scores])?;
         register_batches(&session, "bounds", vec![bounds_batch(bounds)?], &bounds_schema())?;
@@ -191,7 +191,7 @@ fn candidates_schema() -> SchemaRef {
 /// Writes the selected windows of one corpus file.
 pub fn draw(engine: &Engine, dsir: &Dsir, plan: &Plan, unit: &DsirUnit) -> Result<()> {
     let (Some(scores), Some(path)) = (&unit.scores, &unit.unit.draws) else { return Ok(()) };
-    let session = engine.session([draws_function(plan.spec.seed)]);
+    let session = engine.text_session(plan.spec.windows.bytes, [draws_function(plan.spec.seed)]);
     register_assigned(engine, &session, &unit.unit, plan.spec.windows.bytes)?;
     for (table, path) in [("scores", scores), ("selection", &dsir.selection)] {
         engine.register(&session, table, &[path])?;

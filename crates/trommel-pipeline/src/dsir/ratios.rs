@@ -21,7 +21,7 @@ use crate::outputs::{Dsir, DsirUnit};
 
 /// Counts the n-grams of one input file.
 pub fn count(engine: &Engine, window_bytes: u32, unit: &DsirUnit) -> Result<()> {
-    let session = engine.session([]);
+    let session = engine.text_session(window_bytes, []);
     session.register_udaf(ngram_counts_function());
     register_texts(engine, &session, &unit.unit, window_bytes)?;
     let sql = include_str!("../sql/dsir_counts.sql").replace("{source}", &unit.unit.source);

@@ -23,7 +23,7 @@ pub const WORDS_MIN: usize = 100;
 /// Scores the windows of one corpus file.
 pub fn write(engine: &Engine, plan: &Plan, ratios: &Arc<LogRatios>, unit: &DsirUnit) -> Result<()> {
     let Some(path) = &unit.scores else { return Ok(()) };
-    let session = engine.session([log_weights_function(ratios), gumbel_function(plan.spec.seed)]);
+    let session = engine.text_session(plan.spec.windows.bytes, [log_weights_function(ratios), gumbel_function(plan.spec.seed)]);
     register_texts(engine, &session, &unit.unit, plan.spec.windows.bytes)?;
     let sql = include_str!("../sql/dsir_scores.sql").replace("{words_min}", &WORDS_MIN.to_string());
     let frame = engine.query(&session, &sql)?;
