@@ -35,7 +35,7 @@ mod version {
     pub(super) const MIXTURE: &str = "mixture 1";
     pub(super) const WEIGH: &str = "weigh 2";
     pub(super) const TOKENIZER: &str = "tokenizer 1";
-    pub(super) const RESAMPLE: &str = "resample 1";
+    pub(super) const RESAMPLE: &str = "resample 2";
     pub(super) const SHARD: &str = "shard 1";
     pub(super) const SHARD_BY_CLUSTER: &str = "shard by cluster 2";
     pub(super) const DSIR: &str = "dsir 1";

@@ -5,7 +5,7 @@
 //! `j + u < rate`: the rate on average, and never off by a whole copy. The copies depend on the seed, the domain and the
 //! window's key, so they are the same on one core and on a thousand.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -29,6 +29,8 @@ use crate::outputs::{Outputs, Unit, drawn, streams};
 use crate::tokenizer::Encoder;
 use crate::{cluster, weigh};
 
+/// Windows of the sample that are tokenized to learn how many tokens a byte of text has, as many in each cluster.
+const TOKENIZED_WINDOWS: usize = 2048;
 /// Epochs over a cluster beyond which a plan is taken for a mistake.
 const EPOCHS_MAX: f64 = 1000.0;
 
@@ -179,30 +181,39 @@ fn rates_schema() -> SchemaRef {
     Arc::new(Schema::new(fields))
 }
 
-/// Tokens and bytes of the sample's windows, by cluster.
-struct Density(HashMap<u32, (f64, f64)>);
+/// By cluster: the bytes of the sample's windows in it, and the tokens per byte of the first ones.
+struct Density(BTreeMap<u32, (f64, f64)>);
 
 impl Density {
     fn measure(engine: &Engine, outputs: &Outputs) -> Result<Density> {
         let sample = read_sample(engine, outputs)?;
         let tree = cluster::stage::read(engine, outputs)?;
-        let tokens = Encoder::read(&outputs.tokenizer)?.encode(sample.iter().map(|s| s.text.as_str()).collect())?;
         let vectors: Vec<f32> = sample.iter().flat_map(|s| &s.embedding).copied().collect();
-        let mut density: HashMap<u32, (f64, f64)> = HashMap::new();
-        for ((window, tokens), found) in sample.iter().zip(tokens).zip(tree.assign(&vectors)) {
-            let (sum, bytes) = density.entry(found.cluster_id).or_default();
-            *sum += tokens.len() as f64;
-            *bytes += window.text.len() as f64;
+        let found = tree.assign(&vectors);
+        let mut windows: BTreeMap<u32, Vec<&str>> = BTreeMap::new();
+        for (window, found) in sample.iter().zip(&found) {
+            windows.entry(found.cluster_id).or_default().push(&window.text);
         }
-        Ok(Density(density))
+        let encoder = Encoder::read(&outputs.tokenizer)?;
+        let each = TOKENIZED_WINDOWS.div_ceil(windows.len().max(1));
+        let chosen: Vec<&str> = windows.values().flat_map(|texts| texts.iter().take(each)).copied().collect();
+        let mut tokens = encoder.encode(chosen)?.into_iter();
+        let bytes = |texts: &[&str]| texts.iter().map(|text| text.len()).sum::<usize>() as f64;
+        let density = windows.into_iter().map(|(cluster_id, texts)| {
+            let first = &texts[..each.min(texts.len())];
+            let tokens: usize = tokens.by_ref().take(first.len()).map(|tokens| tokens.len()).sum();
+            (cluster_id, (bytes(&texts), tokens as f64 / bytes(first).max(1.0)))
+        });
+        Ok(Density(density.collect()))
     }
 
     /// Tokens per byte of the text that is drawn with the given weights, estimated by importance sampling.
     fn tokens_per_byte(&self, weight: impl Fn(u32) -> f64) -> f64 {
-        let mut clusters: Vec<_> = self.0.iter().collect();
-        clusters.sort_by_key(|(id, _)| **id);
-        let weighted = |w: &dyn Fn(u32) -> f64| {
-            clusters.iter().fold((0.0, 0.0), |(t, b), (id, (tokens, bytes))| (t + w(**id) * tokens, b + w(**id) * bytes))
+        let weighted = |weight: &dyn Fn(u32) -> f64| {
+            self.0.iter().fold((0.0, 0.0), |(tokens, drawn), (cluster_id, (bytes, tokens_per_byte))| {
+                let bytes = weight(*cluster_id) * bytes;
+                (tokens + bytes * tokens_per_byte, drawn + bytes)
+            })
         };
         // The sample may miss every cluster of a rare domain.
         let (tokens, bytes) = Some(weighted(&weight)).filter(|(_, b)| *b > 0.0).unwrap_or_else(|| weighted(&|_| 1.0));
