@@ -4,7 +4,8 @@
 //! `(time, hidden)`, stay in the cache of one core. The products are those of the trainer.
 
 use trommel_core::error::Result;
-use trommel_kernels::encoder::{LayerNorm, add_bias, add_bias_and_gelu, attend};
+use trommel_kernels::attention::{self, Shape};
+use trommel_kernels::encoder::{LayerNorm, add_bias, add_bias_and_gelu};
 use trommel_kernels::matmul::{Matrix, MatrixMut, Target};
 use trommel_kernels::panels::{Panels, Precision};
 
@@ -15,6 +16,7 @@ use crate::model_folder::Tensors;
 pub(crate) struct Bert {
     hidden: usize,
     heads: usize,
+    precision: Precision,
     /// `(vocabulary, hidden)`.
     words: Vec<f32>,
     /// `(positions, hidden)`, with the embedding of token type 0 added: we never encode pairs of texts.
@@ -46,7 +48,7 @@ pub(crate) struct Scratch {
     projected: Vec<f32>, // (time, 3 * hidden)
     attended: Vec<f32>,  // (time, hidden)
     wide: Vec<f32>,      // (time, intermediate)
-    scores: Vec<f32>,    // (time, time)
+    attention: attention::Scratch,
 }
 
 impl Bert {
@@ -64,6 +66,7 @@ impl Bert {
         Ok(Bert {
             hidden,
             heads: config.num_attention_heads,
+            precision,
             words: read.floats(words, &[config.vocab_size, hidden])?,
             positions,
             norm: read.norm("embeddings.LayerNorm")?,
@@ -74,7 +77,8 @@ impl Bert {
     /// The last layer's states of one text: `ids` (time) gives `(time, hidden)`, in `scratch`.
     pub(crate) fn states<'a>(&self, ids: &[u32], scratch: &'a mut Scratch) -> &'a [f32] {
         let (time, hidden) = (ids.len(), self.hidden);
-        let Scratch { states, projected, attended, wide, scores } = scratch;
+        let Scratch { states, projected, attended, wide, attention } = scratch;
+        let shape = Shape { time, heads: self.heads, head: hidden / self.heads };
         states.clear();
         for (at, id) in ids.iter().enumerate() {
             let word = &self.words[*id as usize * hidden..][..hidden];
@@ -86,7 +90,7 @@ impl Bert {
         for layer in &self.layers {
             layer.projections.apply(states, projected);
             add_bias(projected, &layer.projections.bias);
-            attend(projected, hidden, self.heads, attended, scores);
+            attention::forward_unmasked(shape, self.precision, projected, attended, attention);
             layer.attention_output.add_to(states, attended);
             layer.attention_norm.apply(states);
 

@@ -1,4 +1,4 @@
-//! Causal attention within documents, for one sequence and all its heads, forward and backward.
+//! Attention for one sequence and all its heads: causal and within documents, forward and backward, and without a mask, forward.
 //!
 //! Queries are taken in blocks of `BLOCK`; a block meets only the keys that any of its queries may see, so neither the
 //! (time, time) matrix nor the masked upper half of it is ever formed. The backward pass forms each block again from the
@@ -55,22 +55,23 @@ impl Shape {
         1.0 / (self.head as f32).sqrt()
     }
 
-    fn check(self, qkv: &[f32], starts: &[u32], out: &[f32], log_sums: &[f32]) {
+    fn check(self, qkv: &[f32], out: &[f32], log_sums: &[f32]) {
         assert_eq!(qkv.len(), self.time * 3 * self.width());
         assert_eq!(out.len(), self.time * self.width());
         assert_eq!(log_sums.len(), self.time * self.heads);
+    }
+
+    /// What the queries see that see their own document up to themselves.
+    fn causal_blocks(self, starts: &[u32]) -> Vec<Block> {
         assert_eq!(starts.len(), self.time);
         assert!(starts.is_sorted(), "documents begin in the order of positions");
         assert!(starts.iter().enumerate().all(|(t, start)| *start as usize <= t), "a document begins after its token");
+        (0..self.time).step_by(BLOCK).map(|from| Block::causal(from, starts)).collect()
     }
 
     /// The rows (count, head) of head `h` from position `first` on in `rows`, which are `width` numbers each.
     fn rows_of(self, rows: &[f32], width: usize, first: usize, count: usize, offset: usize) -> Matrix<'_> {
         Matrix::strided(&rows[first * width + offset..], count, self.head, width)
-    }
-
-    fn blocks(self, starts: &[u32]) -> impl Iterator<Item = Block> {
-        (0..self.time).step_by(BLOCK).map(move |from| Block::new(from, starts))
     }
 }
 
@@ -79,7 +80,7 @@ struct Block {
     /// The first query.
     from: usize,
     queries: usize,
-    /// The first key, an even number; the keys end where the queries end.
+    /// The first key, an even number.
     key: usize,
     keys: usize,
     parts: [Seen; PARTS],
@@ -103,17 +104,30 @@ impl Seen {
 }
 
 impl Block {
-    fn new(from: usize, starts: &[u32]) -> Block {
-        let to = (from + BLOCK).min(starts.len());
+    fn causal(from: usize, starts: &[u32]) -> Block {
+        let queries = BLOCK.min(starts.len() - from);
         let key = starts[from] as usize & !1;
-        let mut parts = [Seen::default(); PARTS];
-        for (lane, start) in starts[from..to].iter().enumerate() {
-            let part = &mut parts[lane / LANES];
-            part.first[lane % LANES] = *start - key as u32;
-            part.count[lane % LANES] = (from + lane + 1) as u32 - start;
-        }
-        Block { from, queries: to - from, key, keys: to - key, parts }
+        let seen = |lane: usize| {
+            let start = starts[from + lane];
+            (start - key as u32, (from + lane + 1) as u32 - start)
+        };
+        Block { from, queries, key, keys: from + queries - key, parts: parts(queries, seen) }
     }
+
+    fn unmasked(from: usize, time: usize) -> Block {
+        let queries = BLOCK.min(time - from);
+        Block { from, queries, key: 0, keys: time, parts: parts(queries, |_| (0, time as u32)) }
+    }
+}
+
+/// What the `queries` lanes see, from the first key and the count of each.
+fn parts(queries: usize, seen: impl Fn(usize) -> (u32, u32)) -> [Seen; PARTS] {
+    let mut parts = [Seen::default(); PARTS];
+    for lane in 0..queries {
+        let part = &mut parts[lane / LANES];
+        (part.first[lane % LANES], part.count[lane % LANES]) = seen(lane);
+    }
+    parts
 }
 
 /// Memory that calls on one thread share.
@@ -183,21 +197,39 @@ pub fn forward(
     log_sums: &mut [f32],
     scratch: &mut Scratch,
 ) {
-    shape.check(qkv, starts, out, log_sums);
+    attend(shape, precision, qkv, &shape.causal_blocks(starts), out, log_sums, scratch);
+}
+
+/// [`forward`] where every query sees every key, as in an encoder.
+pub fn forward_unmasked(shape: Shape, precision: Precision, qkv: &[f32], out: &mut [f32], scratch: &mut Scratch) {
+    let blocks: Vec<Block> = (0..shape.time).step_by(BLOCK).map(|from| Block::unmasked(from, shape.time)).collect();
+    attend(shape, precision, qkv, &blocks, out, &mut vec![0.0; shape.heads * shape.time], scratch);
+}
+
+fn attend(
+    shape: Shape,
+    precision: Precision,
+    qkv: &[f32],
+    blocks: &[Block],
+    out: &mut [f32],
+    log_sums: &mut [f32],
+    scratch: &mut Scratch,
+) {
+    shape.check(qkv, out, log_sums);
     scratch.reserve(precision, shape.time);
     let (time, width, head, row) = (shape.time, shape.width(), shape.head, 3 * shape.width());
     let Scratch { keys, value_panels, queries, shares, scores, .. } = scratch;
     for (h, log_sums) in log_sums.chunks_exact_mut(time).enumerate() {
         keys.pack(shape.rows_of(qkv, row, 0, time, width + h * head));
         value_panels.pack_here(shape.rows_of(qkv, row, 0, time, 2 * width + h * head));
-        for block in shape.blocks(starts) {
+        for block in blocks {
             let scores = &mut scores[..block.keys * BLOCK];
             queries.pack_here(shape.rows_of(qkv, row, block.from, block.queries, h * head).transposed());
             let products = MatrixMut::strided(scores, block.keys, block.queries, BLOCK);
             queries.multiply_from(0, products, Target::Overwrite, keys.operand(block.key));
             let mut sums = [0.0; BLOCK];
             let log_sums = &mut log_sums[block.from..block.from + block.queries];
-            softmax(scores, &block, shape.scale(), &mut sums, log_sums);
+            softmax(scores, block, shape.scale(), &mut sums, log_sums);
             shares.pack_here(Matrix::new(scores, block.keys, BLOCK));
             let out = &mut out[block.from * width + h * head..];
             let rows = MatrixMut::strided(out, block.queries, head, width);
@@ -221,7 +253,8 @@ pub fn backward(
     qkv_gradient: &mut [f32],
     scratch: &mut Scratch,
 ) {
-    shape.check(qkv, starts, out, log_sums);
+    shape.check(qkv, out, log_sums);
+    let blocks = shape.causal_blocks(starts);
     assert!(out_gradient.len() == out.len() && qkv_gradient.len() == qkv.len());
     scratch.reserve(precision, shape.time);
     qkv_gradient.fill(0.0);
@@ -233,7 +266,7 @@ pub fn backward(
         scratch.key_panels.pack_here(shape.rows_of(qkv, row, 0, time, k_at));
         scratch.query_panels.pack_here(shape.rows_of(qkv, row, 0, time, q_at));
         scratch.gradient_panels.pack_here(shape.rows_of(out_gradient, width, 0, time, h * head));
-        for block in shape.blocks(starts) {
+        for block in &blocks {
             let (from, queries, keys) = (block.from, block.queries, block.keys);
             let scores = &mut scratch.scores[..keys * BLOCK];
             let score_gradients = &mut scratch.score_gradients[..keys * BLOCK];
@@ -247,7 +280,7 @@ pub fn backward(
 
             let at = from * width + h * head;
             let along = along(&out[at..], &out_gradient[at..], width, head, queries);
-            softmax_backward(scores, score_gradients, &block, shape.scale(), &along, &log_sums[from..from + queries]);
+            softmax_backward(scores, score_gradients, block, shape.scale(), &along, &log_sums[from..from + queries]);
 
             let mut add = |at: usize, right: &Panels, left: &[f32]| {
                 scratch.share_rows.pack(Matrix::strided(left, keys, queries, BLOCK));
@@ -392,15 +425,17 @@ pub(crate) fn exp_sum(x: &mut [f32], largest: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ops::Range;
+
     use crate::probe::{close, numbers, slope};
 
     /// The definition, one query and one key at a time.
-    fn naive(shape: Shape, qkv: &[f32], starts: &[u32]) -> Vec<f64> {
+    fn naive(shape: Shape, qkv: &[f32], seen: impl Fn(usize) -> Range<usize>) -> Vec<f64> {
         let (width, row) = (shape.width(), 3 * shape.width());
         let mut out = vec![0.0; shape.time * width];
         for h in 0..shape.heads {
             for t in 0..shape.time {
-                let seen = starts[t] as usize..t + 1;
+                let seen = seen(t);
                 let product = |s: usize| -> f64 {
                     let pair =
                         |i: usize| f64::from(qkv[t * row + h * shape.head + i] * qkv[s * row + width + h * shape.head + i]);
@@ -414,6 +449,10 @@ mod tests {
             }
         }
         out
+    }
+
+    fn causal(starts: &[u32]) -> impl Fn(usize) -> Range<usize> + '_ {
+        |t| starts[t] as usize..t + 1
     }
 
     fn documents(time: usize, borders: &[usize]) -> Vec<u32> {
@@ -430,7 +469,21 @@ mod tests {
             // A number of `bf16` is off by up to 2^-9 of its size; scores, shares and values are of size 1.
             for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 1e-2)] {
                 forward(shape, precision, &qkv, &starts, &mut out, &mut log_sums, &mut scratch);
-                for (got, expected) in out.iter().zip(naive(shape, &qkv, &starts)) {
+                for (got, expected) in out.iter().zip(naive(shape, &qkv, causal(&starts))) {
+                    close(f64::from(*got), expected, tolerance);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn outputs_without_a_mask_equal_the_definition() {
+        for time in [1, 19, 64, 131] {
+            let shape = Shape { time, heads: 2, head: 6 };
+            let (qkv, mut out) = (numbers(time * 36, 1), vec![0.0; time * 12]);
+            for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 1e-2)] {
+                forward_unmasked(shape, precision, &qkv, &mut out, &mut Scratch::default());
+                for (got, expected) in out.iter().zip(naive(shape, &qkv, |_| 0..time)) {
                     close(f64::from(*got), expected, tolerance);
                 }
             }
@@ -464,7 +517,8 @@ mod tests {
             let mut scratch = Scratch::default();
             forward(shape, Precision::F32, &qkv, &starts, &mut out, &mut log_sums, &mut scratch);
             backward(shape, Precision::F32, &qkv, &starts, &out, &log_sums, &weight, &mut gradient, &mut scratch);
-            let value = |qkv: &[f32]| naive(shape, qkv, &starts).iter().zip(&weight).map(|(y, w)| y * f64::from(*w)).sum();
+            let value =
+                |qkv: &[f32]| naive(shape, qkv, causal(&starts)).iter().zip(&weight).map(|(y, w)| y * f64::from(*w)).sum();
             for i in (0..qkv.len()).step_by(if time > 8 { 11 } else { 1 }) {
                 close(f64::from(gradient[i]), slope(&qkv, i, value), 2e-3);
             }

@@ -2,8 +2,7 @@
 
 use std::f32::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
 
-use crate::matmul::{Matrix, MatrixMut, Target, multiply};
-use crate::vectorize::{LANES, exp, fold, vectorized};
+use crate::vectorize::{LANES, fold, vectorized};
 
 vectorized! {
     /// `x + bias`, over the rows of `x` (rows, width).
@@ -52,33 +51,6 @@ vectorized! {
                 *x = *x * scale * w + b;
             }
         }
-    }
-}
-
-vectorized! {
-    /// `softmax(scale * x)`, over the rows of `x` (rows, width).
-    fn softmax(x: &mut [f32], width: usize, scale: f32) {
-        for row in x.chunks_exact_mut(width) {
-            let shift = scale * crate::attention::maximum(row);
-            row.iter_mut().for_each(|x| *x = exp(scale * *x - shift));
-            let share = 1.0 / sum(row, |x| x);
-            row.iter_mut().for_each(|x| *x *= share);
-        }
-    }
-}
-
-/// Attention of every position to every position of one text: `projected` (time, 3 * width) holds queries, keys and values,
-/// `attended` (time, width) gets the outputs, and `scores` is memory that calls share.
-pub fn attend(projected: &[f32], width: usize, heads: usize, attended: &mut [f32], scores: &mut Vec<f32>) {
-    let (time, row, head) = (attended.len() / width, 3 * width, width / heads);
-    assert_eq!(projected.len(), time * row);
-    scores.resize(time * time, 0.0);
-    for h in 0..heads {
-        let part = |which: usize| Matrix::strided(&projected[which * width + h * head..], time, head, row);
-        multiply(MatrixMut::new(scores, time, time), Target::Overwrite, 1.0, part(0), part(1).transposed());
-        softmax(scores, time, 1.0 / (head as f32).sqrt());
-        let out = MatrixMut::strided(&mut attended[h * head..], time, head, width);
-        multiply(out, Target::Overwrite, 1.0, Matrix::new(scores, time, time), part(2));
     }
 }
 
@@ -148,27 +120,6 @@ mod tests {
                 for i in 0..width {
                     let normal = (row[i] - mean) / (variance + 1e-6).sqrt();
                     close(f64::from(got[i]), normal * f64::from(weight[i]) + f64::from(bias[i]), 2e-5);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn attention_equals_the_definition() {
-        let (time, heads, head) = (19, 2, 4);
-        let width = heads * head;
-        let projected = numbers(time * 3 * width, 4);
-        let (mut attended, mut scores) = (vec![0.0; time * width], Vec::new());
-        attend(&projected, width, heads, &mut attended, &mut scores);
-        let at =
-            |t: usize, which: usize, h: usize, i: usize| f64::from(projected[t * 3 * width + which * width + h * head + i]);
-        for t in 0..time {
-            for h in 0..heads {
-                let weight = |s: usize| (0..head).map(|i| at(t, 0, h, i) * at(s, 1, h, i)).sum::<f64>() / (head as f64).sqrt();
-                let sum: f64 = (0..time).map(|s| weight(s).exp()).sum();
-                for i in 0..head {
-                    let expected: f64 = (0..time).map(|s| weight(s).exp() / sum * at(s, 2, h, i)).sum();
-                    close(f64::from(attended[t * width + h * head + i]), expected, 1e-5);
                 }
             }
         }
