@@ -1,6 +1,6 @@
 //! The tables of a run directory, as SQL sees them.
 
-use crate::bench::Bench;
+use crate::bench::{Bench, corpus};
 
 /// Table and columns of the contract, in `DESIGN.md`.
 const CONTRACT: [(&str, &str); 10] = [
@@ -87,6 +87,14 @@ fn sql_prints_tables_csv_json_and_parquet_and_names_mistakes() {
     assert!(shown("json").starts_with(r#"[{"domain":"corpus","windows":"#));
     let parquet = bench.command(&["sql", "p.yaml", "-c", sql, "--format", "parquet"]).output().unwrap().stdout;
     assert!(parquet.starts_with(b"PAR1") && parquet.ends_with(b"PAR1"));
+    // A result without rows has its columns still.
+    let nothing = |format: &str| {
+        let sql = "SELECT domain, windows FROM histograms WHERE windows < 0";
+        bench.call(&["sql", "p.yaml", "-c", sql, "--format", format]).stdout
+    };
+    assert!(nothing("table").contains("| domain | windows |"), "{}", nothing("table"));
+    assert_eq!(nothing("csv"), "domain,windows\n");
+    assert_eq!(nothing("json").trim(), "[]");
     // Stages that have not run give empty tables.
     assert!(bench.query("SELECT * FROM diagnostics").is_empty());
     let wrong = bench.call(&["sql", "p.yaml", "-c", "SELECT weight FROM histograms"]);
@@ -95,4 +103,32 @@ fn sql_prints_tables_csv_json_and_parquet_and_names_mistakes() {
     let nowhere = bench.call(&["sql", "nowhere", "-c", "SELECT 1"]);
     assert_eq!(nowhere.code, 2);
     assert!(nowhere.stderr.contains("not a run directory"), "{}", nowhere.stderr);
+}
+
+#[test]
+fn a_table_learnt_from_the_corpus_embeds_it() {
+    let bench = Bench::new();
+    let fit = |out: &str| bench.call(&["fit-embedder", "corpus", out, "--dimensions", "16", "--window-bytes", "400"]);
+    let fitted = fit("table");
+    assert_eq!(fitted.code, 0, "{}", fitted.stderr);
+    assert!(fitted.stdout.contains("0 rows were left out") && fitted.stdout.contains("16 dimensions"), "{}", fitted.stdout);
+    // However the corpus is split, the table has the same bytes.
+    let (first, second) = (&corpus()[..100], &corpus()[100..]);
+    bench.write_lines("other/b.jsonl", first);
+    bench.write_lines("other/a.jsonl", second);
+    let other = bench.call(&["fit-embedder", "other", "again", "--dimensions", "16", "--window-bytes", "400"]);
+    assert_eq!(other.code, 0, "{}", other.stderr);
+    let table = |folder: &str| std::fs::read(bench.path(folder).join("static_table.safetensors")).unwrap();
+    assert!(table("table") == table("again"));
+
+    let called = bench.call(&["run", "p.yaml", "--until", "weigh", "--set", "embed.model=table"]);
+    assert_eq!(called.code, 0, "{}", called.stderr);
+    let longest = &bench.query("SELECT max(cardinality(embedding)) AS n FROM embeddings")[0];
+    assert_eq!(longest["n"], 16);
+
+    let many = bench.call(&["fit-embedder", "corpus", "large", "--dimensions", "4000"]);
+    assert_eq!(many.code, 2);
+    assert!(many.stderr.contains("cannot fill 4000 dimensions") && !bench.path("large").exists(), "{}", many.stderr);
+    let nothing = bench.call(&["fit-embedder", "nowhere", "large"]);
+    assert_eq!(nothing.code, 2, "{}", nothing.stderr);
 }

@@ -15,9 +15,8 @@
 
 use std::path::Path;
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::Array2;
 use rayon::prelude::*;
-use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Map, Value, json};
 use trommel_core::error::{Error, Result};
 use trommel_core::progress::Progress;
@@ -29,7 +28,7 @@ use crate::bert::Scratch;
 use crate::model_folder::TOKENIZER;
 use crate::principal::Principal;
 use crate::sentence_encoder::{SentenceEncoder, unknown_token};
-use crate::static_table::{SCALES, STATIC_TABLE, VECTORS};
+use crate::static_table::{Counts, STATIC_TABLE, table_bytes};
 
 /// The dimensions of the table that the binary carries.
 pub const DEFAULT_DIMENSIONS: usize = 240;
@@ -78,7 +77,7 @@ pub fn distill(encoder: &Path, output: &Path, dimensions: usize, progress: &dyn 
     for (mut vector, weight) in vectors.rows_mut().into_iter().zip(vocabulary.weights()) {
         vector *= weight;
     }
-    let table = table_bytes(vectors.view(), vocabulary.unknown)?;
+    let table = table_bytes(vectors.view(), vocabulary.unknown, Counts::Linear)?;
     let tokenizer = vocabulary.tokenizer.to_string().into_bytes();
     // The table makes the folder a model, so it comes last.
     write_bytes(&output.join(TOKENIZER), &tokenizer)?;
@@ -170,23 +169,4 @@ fn token_states(model: &SentenceEncoder, vocabulary: &Vocabulary, progress: &dyn
     let states: Vec<f64> = batches.iter().flatten().map(|x| f64::from(*x)).collect();
     Array2::from_shape_vec((vocabulary.ids.len(), hidden), states)
         .map_err(|e| Error::internal("token vectors are missing").source(e))
-}
-
-/// `static_table.safetensors` for `vectors` `(tokens, dimensions)`; the format stands in [`crate::static_table`].
-fn table_bytes(vectors: ArrayView2<f64>, unknown: Option<usize>) -> Result<Vec<u8>> {
-    let mut quantized = Vec::with_capacity(vectors.len());
-    let mut scales = Vec::with_capacity(vectors.nrows() * 4);
-    for (token, vector) in vectors.rows().into_iter().enumerate() {
-        let largest = vector.iter().fold(0.0_f64, |largest, x| largest.max(x.abs()));
-        let scale = if Some(token) == unknown { 0.0 } else { (largest / 127.0) as f32 };
-        let inverse = if scale > 0.0 { 1.0 / f64::from(scale) } else { 0.0 };
-        quantized.extend(vector.iter().map(|x| ((x * inverse).round() as i8).to_le_bytes()[0]));
-        scales.extend(scale.to_le_bytes());
-    }
-    let failed = |e| Error::internal("cannot lay out the table").source(e);
-    let tensors = [
-        (VECTORS, TensorView::new(Dtype::I8, vectors.shape().to_vec(), &quantized).map_err(failed)?),
-        (SCALES, TensorView::new(Dtype::F32, vec![vectors.nrows()], &scales).map_err(failed)?),
-    ];
-    safetensors::serialize(tensors, None).map_err(failed)
 }

@@ -1,4 +1,4 @@
-//! Text to vectors: the static table, the sentence encoder, and the distillation of one into the other.
+//! Text to vectors: the static table, the sentence encoder, and how a table comes from an encoder or from a corpus.
 //!
 //! Both kinds stand behind `Embedder`. The static table is a lookup and a mean, fast enough for a trillion tokens; the
 //! sentence encoder reads whole sentences, is some hundred times slower, and is where the table's vectors come from.
@@ -14,6 +14,8 @@ pub mod distill;
 mod encoder_config;
 /// The folder or name of a model, as a user writes it, to the model.
 pub mod load;
+/// From a corpus to a static table.
+pub mod lsa;
 /// The files of a model folder, each error naming the file.
 mod model_folder;
 /// Principal component analysis.
@@ -22,6 +24,8 @@ mod principal;
 pub mod sentence_encoder;
 /// A table of token vectors; a text is the mean of its tokens.
 pub mod static_table;
+/// The ids of a text's tokens.
+mod text_tokens;
 /// Tokens of plain words.
 mod wordpiece;
 

@@ -14,9 +14,9 @@ use trommel_core::error::{Error, Result};
 use trommel_core::key::Key;
 
 /// What a user can do about a folder that is no model.
-pub(crate) const MODEL_HINT: &str = "name `static`, a folder that `trommel distill-embedder` has written, or a \
-     sentence-transformers folder with `config.json`, `model.safetensors`, `tokenizer.json`, `modules.json` and \
-     `1_Pooling/config.json`";
+pub(crate) const MODEL_HINT: &str = "name `static`, a folder that `trommel fit-embedder` or `trommel \
+     distill-embedder` has written, or a sentence-transformers folder with `config.json`, `model.safetensors`, \
+     `tokenizer.json`, `modules.json` and `1_Pooling/config.json`";
 
 /// A model folder that is being read; remembers what was read for the model's key.
 pub(crate) struct ModelFolder {

@@ -1,43 +1,75 @@
 //! A table of token vectors; a text's vector is the mean of its tokens' vectors, at unit length.
 //!
 //! No token sees its neighbours, so one lookup and one addition per token is all the work. Vectors come from a sentence
-//! encoder (`crate::distill`) and carry their frequency weight in their length. `static_table.safetensors` holds
+//! encoder (`crate::distill`) or a corpus (`crate::lsa`) and carry their frequency weight in their length.
+//! `static_table.safetensors` holds
 //!
 //! | tensor    | type | shape                | row `i` belongs to the token with id `i` of `tokenizer.json` |
 //! |-----------|------|----------------------|-----------------------------------------------|
 //! | `vectors` | i8   | (tokens, dimensions) | the vector divided by its scale, rounded      |
 //! | `scales`  | f32  | (tokens)             | 0 for the unknown token, which counts nowhere |
+//!
+//! and, where a token that occurs n times counts as `1 + ln n` rather than n, the metadata `counts: logarithmic`.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use ndarray::ArrayView2;
 use rayon::prelude::*;
-use safetensors::tensor::Dtype;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
 use tokenizers::Tokenizer;
 use trommel_core::error::{Error, Result};
 use trommel_core::key::Key;
 use trommel_kernels::embedding;
 
 use crate::model_folder::{ModelFolder, TOKENIZER, Tensors, parse_tokenizer};
-use crate::wordpiece::{WordPiece, is_separable};
+use crate::text_tokens::{KnownWords, TextTokens};
 use crate::{Embedder, assert_shape, normalize};
 
 /// The file whose presence makes a folder a static table.
 pub const STATIC_TABLE: &str = "static_table.safetensors";
 
 /// Names of the two tensors.
-pub(crate) const VECTORS: &str = "vectors";
-pub(crate) const SCALES: &str = "scales";
+const VECTORS: &str = "vectors";
+const SCALES: &str = "scales";
 
 /// The table that the binary carries; `data/models/README.md` says how it was made.
 const EMBEDDED_TABLE: &[u8] = include_bytes!("../../../data/models/static/static_table.safetensors");
-const EMBEDDED_TOKENIZER: &[u8] = include_bytes!("../../../data/models/static/tokenizer.json");
+pub(crate) const EMBEDDED_TOKENIZER: &[u8] = include_bytes!("../../../data/models/static/tokenizer.json");
+
+/// What a token that occurs n times in a text counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Counts {
+    /// n.
+    Linear,
+    /// `1 + ln n`.
+    Logarithmic,
+}
+
+impl Counts {
+    const NAME: &str = "counts";
+    const LOGARITHMIC: &str = "logarithmic";
+
+    fn metadata(self) -> Option<HashMap<String, String>> {
+        (self == Counts::Logarithmic).then(|| HashMap::from([(Self::NAME.to_owned(), Self::LOGARITHMIC.to_owned())]))
+    }
+
+    fn read(table: &[u8]) -> Result<Self> {
+        let damaged = |e| Error::data("the tensors are damaged or cut short").source(e);
+        let (_, header) = SafeTensors::read_metadata(table).map_err(damaged)?;
+        match header.metadata().as_ref().and_then(|metadata| metadata.get(Self::NAME)).map(String::as_str) {
+            None => Ok(Counts::Linear),
+            Some(Self::LOGARITHMIC) => Ok(Counts::Logarithmic),
+            Some(other) => Err(Error::data(format!("the table counts tokens in a way that is not known: `{other}`"))),
+        }
+    }
+}
 
 /// A static table, loaded.
 pub struct StaticTable {
-    tokenizer: Tokenizer,
-    separable: bool,
-    words: Option<WordPiece>,
+    tokens: TextTokens,
+    counts: Counts,
     dimensions: usize,
     /// `(tokens, dimensions)`.
     vectors: Vec<i8>,
@@ -67,18 +99,19 @@ impl StaticTable {
         let path: PathBuf = folder.file(STATIC_TABLE);
         let tensors = Tensors::parse(path.clone(), table)?;
         let shape = tensors.view(VECTORS)?.shape().to_vec();
-        let (&[tokens, dimensions], ids) = (&shape[..], largest_id(&tokenizer) + 1) else {
+        let text_tokens = TextTokens::of(tokenizer);
+        let (&[tokens, dimensions], ids) = (&shape[..], text_tokens.vocabulary()) else {
             return Err(Error::data(format!("the tensor `{VECTORS}` has the shape {shape:?}")).file(path.display()));
         };
         if tokens < ids || dimensions == 0 {
             let message = format!("the table has {tokens} rows of {dimensions}, the tokenizer has {ids} tokens");
             return Err(Error::data(message).file(path.display()).hint("take both files from the same model"));
         }
+        let counts = Counts::read(table).map_err(|e| e.file(path.display()))?;
         let vectors = tensors.expect(VECTORS, Dtype::I8, &shape)?;
         Ok(StaticTable {
-            separable: is_separable(&tokenizer),
-            words: WordPiece::of(&tokenizer),
-            tokenizer,
+            tokens: text_tokens,
+            counts,
             dimensions,
             vectors: vectors.data().iter().map(|byte| i8::from_le_bytes([*byte])).collect(),
             scales: tensors.floats(SCALES, &[tokens])?,
@@ -88,44 +121,20 @@ impl StaticTable {
 
     /// One text's vector. What `memory` holds changes the time and nothing else.
     fn embed_one(&self, text: &str, memory: &mut Memory, vector: &mut [f32]) -> Result<()> {
-        let Memory { ids, known } = memory;
+        let Memory { ids, rows, known } = memory;
         ids.clear();
-        if self.separable {
-            for word in text.split(SEPARATORS).filter(|word| !word.is_empty()) {
-                if !self.words.as_ref().is_some_and(|words| words.encode(word.as_bytes(), ids)) {
-                    self.add_word(word, known, ids)?;
-                }
-            }
-        } else {
-            ids.extend(self.tokens(text)?);
+        rows.clear();
+        self.tokens.encode(text, known, ids)?;
+        match self.counts {
+            Counts::Linear => rows.extend(ids.iter().map(|id| (*id, 1.0))),
+            Counts::Logarithmic => distinct(ids, rows),
         }
+        rows.iter_mut().for_each(|(id, factor)| *factor *= self.scales[*id as usize]);
         vector.fill(0.0);
-        embedding::add_scaled_rows(&self.vectors, &self.scales, ids, vector);
+        embedding::add_scaled_rows(&self.vectors, rows, vector);
         // The mean and the sum have the same direction, so the division by the count is left out.
         normalize(vector);
         Ok(())
-    }
-
-    /// Appends the tokens of a word that [`WordPiece`] does not take.
-    fn add_word(&self, word: &str, known: &mut KnownWords, ids: &mut Vec<u32>) -> Result<()> {
-        if let Some(found) = known.get(word) {
-            ids.extend(found);
-            return Ok(());
-        }
-        let found = self.tokens(word)?;
-        ids.extend(&found);
-        if known.len() == KNOWN_WORDS_MAX {
-            known.clear();
-        }
-        if word.len() <= KNOWN_WORD_BYTES_MAX {
-            known.insert(word.to_string(), found);
-        }
-        Ok(())
-    }
-
-    fn tokens(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, false).map_err(|e| Error::data("cannot tokenize a text").source(e))?;
-        Ok(encoding.get_ids().to_vec())
     }
 }
 
@@ -134,18 +143,35 @@ impl StaticTable {
 struct Memory {
     /// The tokens of the text at hand.
     ids: Vec<u32>,
+    /// The rows of the table that its vector is the sum of, and their factors.
+    rows: Vec<(u32, f32)>,
     known: KnownWords,
 }
 
-/// The tokens of words that the tokenizer was asked for before.
-type KnownWords = HashMap<String, Vec<u32>>;
+/// `static_table.safetensors` for `vectors` `(tokens, dimensions)`.
+pub(crate) fn table_bytes(vectors: ArrayView2<f64>, unknown: Option<usize>, counts: Counts) -> Result<Vec<u8>> {
+    let mut quantized = Vec::with_capacity(vectors.len());
+    let mut scales = Vec::with_capacity(vectors.nrows() * 4);
+    for (token, vector) in vectors.rows().into_iter().enumerate() {
+        let largest = vector.iter().fold(0.0_f64, |largest, x| largest.max(x.abs()));
+        let scale = if Some(token) == unknown { 0.0 } else { (largest / 127.0) as f32 };
+        let inverse = if scale > 0.0 { 1.0 / f64::from(scale) } else { 0.0 };
+        quantized.extend(vector.iter().map(|x| ((x * inverse).round() as i8).to_le_bytes()[0]));
+        scales.extend(scale.to_le_bytes());
+    }
+    let failed = |e| Error::internal("cannot lay out the table").source(e);
+    let tensors = [
+        (VECTORS, TensorView::new(Dtype::I8, vectors.shape().to_vec(), &quantized).map_err(failed)?),
+        (SCALES, TensorView::new(Dtype::F32, vec![vectors.nrows()], &scales).map_err(failed)?),
+    ];
+    safetensors::serialize(tensors, counts.metadata()).map_err(failed)
+}
 
-/// Words that are remembered until all are forgotten, some 10 MB.
-const KNOWN_WORDS_MAX: usize = 1 << 16;
-/// Longer words are not likely to come again.
-const KNOWN_WORD_BYTES_MAX: usize = 32;
-/// What separates words; other white space is left to the tokenizer.
-const SEPARATORS: [char; 4] = [' ', '\n', '\t', '\r'];
+/// Turns ids into pairs of an id and one plus the logarithm of its count, in the order of ids.
+pub(crate) fn distinct(ids: &mut [u32], counted: &mut Vec<(u32, f32)>) {
+    ids.sort_unstable();
+    counted.extend(ids.chunk_by(|a, b| a == b).map(|equal| (equal[0], 1.0 + (equal.len() as f32).ln())));
+}
 
 impl Embedder for StaticTable {
     fn dimensions(&self) -> usize {
@@ -164,10 +190,6 @@ impl Embedder for StaticTable {
     }
 }
 
-fn largest_id(tokenizer: &Tokenizer) -> usize {
-    tokenizer.get_vocab(true).into_values().max().unwrap_or(0) as usize
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -175,7 +197,7 @@ mod tests {
     #[test]
     fn word_by_word_gives_the_same_bits() {
         let mut table = StaticTable::embedded().unwrap();
-        assert!(table.separable);
+        assert!(table.tokens.separable);
         let windows = include_str!("../tests/fixtures/windows.jsonl");
         let odd = "Caf\u{e9} cafe\u{301} \u{301}x \u{4e00}a\u{4e01}\u{a0}b\u{2003}c \u{3a3}\u{391}\u{3a3} don't [CLS] a\u{0}b \u{200b} \n\t ##ing";
         let texts: Vec<&str> = windows.lines().chain([odd]).collect();
@@ -185,7 +207,7 @@ mod tests {
             vectors.into_iter().map(f32::to_bits).collect::<Vec<u32>>()
         };
         let by_word = embed(&table);
-        table.separable = false;
+        table.tokens.separable = false;
         assert!(by_word == embed(&table));
     }
 }

@@ -32,18 +32,16 @@ pub fn backward(gradient: &[f32], width: usize, tokens: &[u32], table_gradient: 
     });
 }
 
-/// Adds the row of each of `ids`, times its scale, to `sum` (width); `table` is (vocab, width), `scales` (vocab).
-pub fn add_scaled_rows(table: &[i8], scales: &[f32], ids: &[u32], sum: &mut [f32]) {
-    assert_eq!(table.len(), scales.len() * sum.len());
-    for_each_row(table, scales, ids, sum);
+/// Adds rows of `table` (vocab, width) to `sum` (width): of each pair the row of that number, times the factor.
+pub fn add_scaled_rows(table: &[i8], rows: &[(u32, f32)], sum: &mut [f32]) {
+    for_each_row(table, rows, sum);
 }
 
 vectorized! {
-    fn for_each_row(table: &[i8], scales: &[f32], ids: &[u32], sum: &mut [f32]) {
+    fn for_each_row(table: &[i8], rows: &[(u32, f32)], sum: &mut [f32]) {
         let width = sum.len();
-        for id in ids {
-            let row = *id as usize;
-            let scale = scales[row];
+        for (row, scale) in rows {
+            let row = *row as usize;
             for (sum, x) in sum.iter_mut().zip(&table[row * width..(row + 1) * width]) {
                 *sum += scale * f32::from(*x);
             }
@@ -79,11 +77,11 @@ mod tests {
 
     #[test]
     fn scaled_rows_add_up() {
-        let (table, scales) = ([1, 2, -128, 127, 0, 5], [0.5, 0.0, 2.0]);
+        let table = [1, 2, -128, 127, 0, 5];
         let mut sum = [1.0, 1.0];
-        add_scaled_rows(&table, &scales, &[2, 1, 0, 2], &mut sum);
+        add_scaled_rows(&table, &[(2, 2.0), (1, 0.0), (0, 0.5), (2, 2.0)], &mut sum);
         assert_eq!(sum, [1.5, 22.0]);
-        add_scaled_rows(&table, &scales, &[], &mut sum);
+        add_scaled_rows(&table, &[], &mut sum);
         assert_eq!(sum, [1.5, 22.0]);
     }
 }

@@ -11,6 +11,8 @@ pub mod outputs;
 pub mod source;
 /// Documents are cut into windows.
 pub mod window;
+/// Windows of a corpus for what is learnt from text alone.
+pub mod sample;
 /// Windows become vectors.
 pub mod embed;
 /// Vectors become clusters.

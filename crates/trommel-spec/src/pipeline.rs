@@ -103,7 +103,8 @@ pub struct Windows {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Embed {
-    /// `static` (built in), or the folder of a sentence-transformers model or of a distilled table. Default `static`.
+    /// `static` (built in), or the folder of a table that `trommel fit-embedder` learnt from the corpus (for windows of the same
+    /// size) or `trommel distill-embedder` from an encoder, or of a sentence-transformers model. Default `static`.
     #[serde(default = "static_model")]
     pub model: String,
     /// Numbers that a sentence encoder multiplies; sums are `f32` always, and a static table has none. Default `bf16`.

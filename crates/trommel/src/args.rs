@@ -51,6 +51,8 @@ pub(crate) enum Command {
     Export(ExportArguments),
     /// Make a static embedding table from a sentence encoder.
     DistillEmbedder(DistillArguments),
+    /// Make a static embedding table from a corpus, by latent semantic analysis: it sees the form of texts beside their topic.
+    FitEmbedder(FitArguments),
     /// Print the JSON Schema of a file format, for editors.
     Schema(SchemaArguments),
 }
@@ -160,7 +162,7 @@ pub(crate) struct TrainArguments {
     pub(crate) json: bool,
 }
 
-/// Documents of a domain.
+/// Documents of a domain or a corpus.
 #[derive(Debug, Args)]
 pub(crate) struct DocumentsArgument {
     /// File, folder or glob of documents (Parquet or JSON lines).
@@ -328,6 +330,20 @@ pub(crate) struct DistillArguments {
     /// Length of a vector.
     #[arg(long, default_value_t = 256, value_name = "N")]
     pub(crate) dimensions: usize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FitArguments {
+    #[command(flatten)]
+    pub(crate) documents: DocumentsArgument,
+    /// Folder of the new table; use it as `embed.model`.
+    pub(crate) out: PathBuf,
+    /// Length of a vector.
+    #[arg(long, default_value_t = 240, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) dimensions: u32,
+    /// Longest window in bytes, as `windows.bytes` of the pipeline.
+    #[arg(long, default_value_t = 4096, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(16..=1_000_000))]
+    pub(crate) window_bytes: u32,
 }
 
 #[derive(Debug, Args)]

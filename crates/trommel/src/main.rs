@@ -16,7 +16,7 @@ mod report;
 mod sql;
 /// Figures as tables.
 mod table;
-/// `trommel train`, `finetune`, `eval`, `generate`, `export` and `distill-embedder`.
+/// `trommel train`, `finetune`, `eval`, `generate`, `export`, `distill-embedder` and `fit-embedder`.
 mod training;
 
 use std::process::ExitCode;
@@ -67,6 +67,7 @@ fn dispatch(arguments: Arguments, interrupt: Interrupt) -> anyhow::Result<()> {
         Command::Generate(generate) => training::generate(&generate, &interrupt),
         Command::Export(export) => training::export(&export),
         Command::DistillEmbedder(distill) => training::distill_embedder(&distill),
+        Command::FitEmbedder(fit) => training::fit_embedder(&fit, &interrupt),
         Command::Schema(schema) => pipeline::schema(&schema),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use datafusion::arrow::array::RecordBatch;
@@ -40,7 +41,15 @@ impl Tables {
     }
 
     fn query(&self, sql: &str) -> anyhow::Result<Vec<RecordBatch>> {
-        let rows = self.runtime.block_on(async { self.session.sql(sql).await?.collect().await });
+        let rows = self.runtime.block_on(async {
+            let frame = self.session.sql(sql).await?;
+            let columns = Arc::new(frame.schema().as_arrow().clone());
+            let mut rows = frame.collect().await?;
+            if rows.is_empty() {
+                rows.push(RecordBatch::new_empty(columns));
+            }
+            Ok(rows)
+        });
         Ok(rows.map_err(engine::query_error)?)
     }
 

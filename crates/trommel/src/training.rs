@@ -1,4 +1,4 @@
-//! `trommel train`, `finetune`, `eval`, `generate`, `export` and `distill-embedder`.
+//! `trommel train`, `finetune`, `eval`, `generate`, `export`, `distill-embedder` and `fit-embedder`.
 
 use std::io::Write;
 use std::path::Path;
@@ -7,6 +7,7 @@ use serde::Serialize;
 use trommel_core::error::{Error, Result};
 use trommel_core::manifest::Manifest;
 use trommel_core::progress::Interrupt;
+use trommel_pipeline::sample::sample;
 use trommel_spec::plan::{self, Source};
 use trommel_spec::training::Training;
 use trommel_spec::validate;
@@ -19,8 +20,8 @@ use trommel_trainer::recipe::Recipe;
 use trommel_trainer::{checkpoint, device};
 
 use crate::args::{
-    DistillArguments, DocumentsArgument, EvalArguments, ExportArguments, ExportFormat, FinetuneArguments, GenerateArguments,
-    TrainArguments,
+    DistillArguments, DocumentsArgument, EvalArguments, ExportArguments, ExportFormat, FinetuneArguments, FitArguments,
+    GenerateArguments, TrainArguments,
 };
 use crate::compare::{recipe_of, split, usable_texts};
 use crate::pipeline::Mistakes;
@@ -125,6 +126,29 @@ pub(crate) fn distill_embedder(arguments: &DistillArguments) -> anyhow::Result<(
         "{} tokens x {} dimensions, {share:.1}% of the variance, {size}",
         made.tokens,
         made.dimensions
+    )?;
+    Ok(())
+}
+
+/// Makes a static embedding table from a corpus.
+pub(crate) fn fit_embedder(arguments: &FitArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
+    /// Windows that a table is learnt from: some hundred times as many as it has dimensions.
+    const WINDOWS: usize = 1 << 14;
+    const SEED: u64 = 0;
+    let source = source(&arguments.documents)?;
+    let progress = progress::for_stderr();
+    let sample = sample(&source, arguments.window_bytes, WINDOWS, SEED, &*progress, interrupt)?;
+    let made = trommel_embed::lsa::fit(&sample.texts, &arguments.out, arguments.dimensions as usize, SEED)?;
+    writeln!(
+        std::io::stdout(),
+        "learnt from {} of {} windows ({} rows were left out): {} tokens x {} dimensions, {:.1}% of the windows' squared length, {}",
+        made.windows,
+        sample.windows,
+        sample.rejected,
+        made.tokens,
+        made.dimensions,
+        made.explained * 100.0,
+        bytesize::ByteSize(made.bytes).display().si()
     )?;
     Ok(())
 }
