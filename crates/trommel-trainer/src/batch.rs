@@ -51,6 +51,14 @@ impl Batch {
         })
     }
 
+    /// Adds the sequences of another batch, of equal length.
+    pub fn append(&mut self, other: Batch) {
+        assert_eq!(self.time, other.time);
+        self.tokens.extend(other.tokens);
+        self.targets.extend(other.targets);
+        self.starts.extend(other.starts);
+    }
+
     /// Positions that have a target.
     pub fn targets_len(&self) -> usize {
         self.targets.iter().filter(|target| **target != IGNORED).count()

@@ -1,5 +1,5 @@
-//! The model's operations, composed of candle's differentiable ones: what other devices than the CPU run, and the oracle
-//! of the CPU's kernels in the tests.
+//! The model's operations, composed of candle's differentiable ones: what the tape runs, which is the oracle of the CPU's and
+//! the GPU's passes in the tests.
 //!
 //! candle's fused `softmax_last_dim`, `rms_norm`, `layer_norm` and `rope` have no backward pass and silently cut the
 //! gradient, so none of them appears here.

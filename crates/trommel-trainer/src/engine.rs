@@ -7,6 +7,7 @@ use trommel_kernels::cross_entropy;
 use trommel_kernels::panels::Precision;
 
 use crate::batch::Batch;
+use crate::gpu::Gpu;
 use crate::lora::{self, Adapted};
 use crate::model::Config;
 use crate::native::Native;
@@ -15,7 +16,7 @@ use crate::projected::{Projected, Tensors};
 use crate::recipe::Recipe;
 use crate::tape::Tape;
 
-/// Activations that one micro-batch may hold, in bytes.
+/// Activations that one micro-batch may hold on a CPU, in bytes.
 const ACTIVATION_BYTES: usize = 512 << 20;
 
 /// A model that another one learns from; see [`Engine::learn_from`].
@@ -37,13 +38,15 @@ pub struct Engine {
     config: Config,
     layout: Layout,
     place: Place,
+    losses: f64, // of the batches since they were last taken; a GPU has its own sum
 }
 
 #[derive(Debug)]
 enum Place {
     Host(Box<Host>),
     Network(Box<dyn Network>),
-    Device(Box<Tape>),
+    Gpu(Box<Gpu>),
+    Tape(Box<Tape>),
 }
 
 /// Several models in one, on the CPU, whose batches run through the plain model of the expert that is selected.
@@ -94,6 +97,15 @@ fn internal(error: candle_core::Error) -> Error {
     Error::internal("a tensor operation failed").source(error)
 }
 
+/// The model on the tape, learning from a teacher.
+fn taught(config: &Config, gpu: &Gpu, teacher: &Teacher, precision: Precision) -> candle_core::Result<Tape> {
+    let mut tape = Tape::new(config, &gpu.parameters()?, gpu.device(), precision)?;
+    let [m, v] = gpu.moments()?;
+    tape.set_moments([&m, &v])?;
+    tape.learn_from(teacher, precision)?;
+    Ok(tape)
+}
+
 impl Engine {
     /// A model of shape `config` with the flat `parameters`, on `device`. Its weights and sums are `f32`; `precision` is that
     /// of the products of weights and rows; other devices than the CPU round the results of products too.
@@ -101,8 +113,10 @@ impl Engine {
         config.check()?;
         let layout = Layout::new(config);
         assert_eq!(parameters.len(), layout.len(), "parameters of another shape");
-        let place = if !device.is_cpu() {
-            Place::Device(Box::new(Tape::new(config, &parameters, device, precision).map_err(internal)?))
+        let place = if !device.is_cpu() && Gpu::runs(config) {
+            Place::Gpu(Box::new(Gpu::new(config, &parameters, device, precision).map_err(internal)?))
+        } else if !device.is_cpu() {
+            Place::Tape(Box::new(Tape::new(config, &parameters, device, precision).map_err(internal)?))
         } else if let Some(tensors) = Tensors::of(config) {
             Place::Network(Box::new(Projected::new(config, tensors, parameters, precision)))
         } else if let Some(tensors) = lora::Tensors::of(config) {
@@ -114,7 +128,7 @@ impl Engine {
             let host = Host { native, teacher, parameters, gradient: empty(), first_moment: empty(), second_moment: empty() };
             Place::Host(Box::new(host))
         };
-        Ok(Engine { config: config.clone(), layout, place })
+        Ok(Engine { config: config.clone(), layout, place, losses: 0.0 })
     }
 
     /// The shape of the model.
@@ -127,30 +141,38 @@ impl Engine {
         &self.layout
     }
 
-    /// Sequences of `time` tokens that are computed at once: as many as fit into 512 MB of activations. A function of the
-    /// model only, so that the order of sums is the same on every machine.
+    /// Sequences of `time` tokens that are computed at once: as many as fit into 512 MB of activations on a CPU, which is a function
+    /// of the model only, so that the order of sums is the same on every machine, and into a quarter of a GPU's memory.
     pub fn micro_batch(&self, time: usize) -> usize {
         let config = &self.config;
         let packed = config.activation.packed() * config.mlp;
         let numbers = config.layers * (6 * config.width + packed) + 10 * config.width + 2 * packed;
-        (ACTIVATION_BYTES / (numbers * time * size_of::<f32>())).max(1)
+        match &self.place {
+            Place::Gpu(gpu) => gpu.micro_batch(time),
+            _ => (ACTIVATION_BYTES / (numbers * time * size_of::<f32>())).max(1),
+        }
     }
 
     /// Announces the experts that a step will select: a projected network mixes them together, which is cheaper.
-    pub fn prepare_experts(&mut self, experts: &[usize]) {
-        if let Place::Network(network) = &mut self.place {
-            network.prepare(experts);
+    pub fn prepare_experts(&mut self, experts: &[usize]) -> Result<()> {
+        match &mut self.place {
+            Place::Network(network) => network.prepare(experts),
+            Place::Gpu(gpu) => gpu.prepare_experts(experts).map_err(internal)?,
+            Place::Host(_) | Place::Tape(_) => {}
         }
+        Ok(())
     }
 
     /// Makes the model of expert `i` of a network, which the next batches run through. A plain model is its own
     /// only expert.
-    pub fn select_expert(&mut self, i: usize) {
+    pub fn select_expert(&mut self, i: usize) -> Result<()> {
         match &mut self.place {
             Place::Host(_) => {}
             Place::Network(network) => network.select(i),
-            Place::Device(tape) => tape.select_expert(i),
+            Place::Gpu(gpu) => gpu.select_expert(i).map_err(internal)?,
+            Place::Tape(tape) => tape.select_expert(i),
         }
+        Ok(())
     }
 
     /// Lets the gradient, and the losses that come with it, be those against the targets mixed with those against a teacher's
@@ -164,7 +186,11 @@ impl Engine {
         match &mut self.place {
             Place::Network(_) => return Err(Error::internal("a network of experts has no teacher")),
             Place::Host(host) => host.teacher = Some((Native::new(&teacher.config, precision), teacher)),
-            Place::Device(tape) => tape.learn_from(&teacher, precision).map_err(internal)?,
+            Place::Tape(tape) => tape.learn_from(&teacher, precision).map_err(internal)?,
+            // The tape knows teachers.
+            Place::Gpu(gpu) => {
+                self.place = Place::Tape(Box::new(taught(&self.config, gpu, &teacher, precision).map_err(internal)?))
+            }
         }
         Ok(())
     }
@@ -177,7 +203,8 @@ impl Engine {
                 Ok(native.losses(model, batch).to_vec())
             }
             Place::Host(host) => Ok(host.native.losses(&host.parameters, batch).to_vec()),
-            Place::Device(tape) => tape.losses(batch).and_then(|losses| losses.to_vec1()).map_err(internal),
+            Place::Gpu(gpu) => gpu.losses(batch).and_then(|losses| losses.to_vec1()).map_err(internal),
+            Place::Tape(tape) => tape.losses(batch).and_then(|losses| losses.to_vec1()).map_err(internal),
         }
     }
 
@@ -189,14 +216,16 @@ impl Engine {
                 Ok(native.logits(model, batch))
             }
             Place::Host(host) => Ok(host.native.logits(&host.parameters, batch)),
-            Place::Device(tape) => tape.logits(batch).map_err(internal),
+            Place::Gpu(gpu) => gpu.logits(batch).map_err(internal),
+            Place::Tape(tape) => tape.logits(batch).map_err(internal),
         }
     }
 
-    /// Adds the gradient of `scale * sum of losses` over a micro-batch, and returns the sum of its losses.
-    pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64> {
-        match &mut self.place {
-            Place::Network(network) => Ok(network.accumulate(batch, scale).iter().map(|loss| f64::from(*loss)).sum()),
+    /// Adds the gradient of `scale * sum of losses` over a micro-batch. A GPU may still be at work on it afterwards.
+    pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<()> {
+        let sum = |losses: &[f32]| losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
+        self.losses += match &mut self.place {
+            Place::Network(network) => sum(network.accumulate(batch, scale)),
             Place::Host(host) => {
                 host.gradient.resize(host.parameters.len(), 0.0);
                 let teacher = host.teacher.as_mut().map(|(native, teacher)| cross_entropy::Teacher {
@@ -206,13 +235,35 @@ impl Engine {
                     weight: teacher.weight as f32,
                     temperature: teacher.temperature as f32,
                 });
-                let losses = host.native.losses_and_gradient(&host.parameters, batch, teacher, scale, &mut host.gradient);
-                Ok(losses.iter().map(|loss| f64::from(*loss)).sum())
+                sum(host.native.losses_and_gradient(&host.parameters, batch, teacher, scale, &mut host.gradient))
             }
-            Place::Device(tape) => {
-                let losses = tape.losses_and_gradient(batch, scale).map_err(internal)?;
-                losses.sum_all().and_then(|sum| sum.to_scalar::<f32>()).map(f64::from).map_err(internal)
+            Place::Gpu(gpu) => gpu.accumulate(batch, scale).map(|()| 0.0).map_err(internal)?,
+            Place::Tape(tape) => {
+                let losses = tape.losses_and_gradient(batch, scale).and_then(|losses| losses.to_vec1()).map_err(internal)?;
+                sum(&losses)
             }
+        };
+        Ok(())
+    }
+
+    /// Adds the gradient of `scale * sum of losses` over the batches of a step, each of its expert, in micro-batches.
+    pub fn accumulate_all(&mut self, batches: &[(usize, Batch)], scale: f32) -> Result<()> {
+        if let Place::Gpu(gpu) = &mut self.place {
+            return gpu.accumulate_all(batches, scale).map_err(internal);
+        }
+        self.prepare_experts(&batches.iter().map(|(expert, _)| *expert).collect::<Vec<_>>())?;
+        for (expert, batch) in batches {
+            self.select_expert(*expert)?;
+            batch.parts(self.micro_batch(batch.time)).try_for_each(|part| self.accumulate(&part, scale))?;
+        }
+        Ok(())
+    }
+
+    /// The sum of the losses of all batches that were accumulated since it was last taken.
+    pub fn take_losses(&mut self) -> Result<f64> {
+        match &mut self.place {
+            Place::Gpu(gpu) => gpu.take_losses().map_err(internal),
+            _ => Ok(std::mem::take(&mut self.losses)),
         }
     }
 
@@ -221,7 +272,8 @@ impl Engine {
         match &mut self.place {
             Place::Network(network) => Ok(network.gradient_norm()),
             Place::Host(host) => Ok(adamw::norm(&host.gradient)),
-            Place::Device(tape) => tape.gradient_norm().map_err(internal),
+            Place::Gpu(gpu) => gpu.gradient_norm().map_err(internal),
+            Place::Tape(tape) => tape.gradient_norm().map_err(internal),
         }
     }
 
@@ -230,7 +282,8 @@ impl Engine {
         match &mut self.place {
             Place::Network(network) => Ok(network.gradient()),
             Place::Host(host) => Ok(host.gradient.clone()),
-            Place::Device(tape) => tape.gradient().map_err(internal),
+            Place::Gpu(gpu) => gpu.gradient().map_err(internal),
+            Place::Tape(tape) => tape.gradient().map_err(internal),
         }
     }
 
@@ -266,7 +319,8 @@ impl Engine {
                     })
                 });
             }
-            Place::Device(tape) => {
+            Place::Gpu(gpu) => gpu.step(factors).map_err(internal)?,
+            Place::Tape(tape) => {
                 tape.step(factors).map_err(internal)?;
                 tape.clear_gradient();
             }
@@ -279,7 +333,8 @@ impl Engine {
         match &self.place {
             Place::Network(network) => Ok(network.parameters().to_vec()),
             Place::Host(host) => Ok(host.parameters.clone()),
-            Place::Device(tape) => tape.parameters().map_err(internal),
+            Place::Gpu(gpu) => gpu.parameters().map_err(internal),
+            Place::Tape(tape) => tape.parameters().map_err(internal),
         }
     }
 
@@ -293,7 +348,8 @@ impl Engine {
         match &self.place {
             Place::Network(network) => Ok(network.moments().each_ref().map(whole)),
             Place::Host(host) => Ok([&host.first_moment, &host.second_moment].map(whole)),
-            Place::Device(tape) => tape.moments().map_err(internal),
+            Place::Gpu(gpu) => gpu.moments().map_err(internal),
+            Place::Tape(tape) => tape.moments().map_err(internal),
         }
     }
 
@@ -309,7 +365,8 @@ impl Engine {
                 (host.first_moment, host.second_moment) = (m, v);
                 Ok(())
             }
-            Place::Device(tape) => tape.set_moments([&m, &v]).map_err(internal),
+            Place::Gpu(gpu) => gpu.set_moments([&m, &v]).map_err(internal),
+            Place::Tape(tape) => tape.set_moments([&m, &v]).map_err(internal),
         }
     }
 }

@@ -75,7 +75,7 @@ pub fn expert_losses(
     let Opened { mut engine, tokens, end_of_text } = open(checkpoint, documents, context, device)?;
     let experts = engine.config().experts();
     let loss = |expert: usize| {
-        engine.select_expert(expert);
+        engine.select_expert(expert)?;
         scores(&mut engine, &tokens, end_of_text, context, &Silent, interrupt).map(|scores| mean_nll(&scores))
     };
     (0..experts).map(loss).collect()

@@ -199,7 +199,6 @@ pub fn finetune(
         engine.learn_from(teacher, plan.recipe.precision)?;
     }
     let mut log = Log::open(&plan.out, state.step)?;
-    let micro_batch = engine.micro_batch(plan.context);
     progress.begin("finetune", Some(steps * tokens_per_step), "tokens");
     progress.advance(state.step * tokens_per_step);
 
@@ -210,13 +209,10 @@ pub fn finetune(
         }
         let started = Instant::now();
 
-        // Add up the gradient of the step's mean loss, some sequences at a time.
-        let mut loss = 0.0;
-        for first in (0..sequences).step_by(micro_batch) {
-            let batch = source.deal(micro_batch.min(sequences - first))?;
-            loss += engine.accumulate(&batch, 1.0 / tokens_per_step as f32)? / tokens_per_step as f64;
-        }
+        // Add up the gradient of the step's mean loss.
+        engine.accumulate_all(&[(0, source.deal(sequences)?)], 1.0 / tokens_per_step as f32)?;
         let norm = engine.gradient_norm()?;
+        let loss = engine.take_losses()? / tokens_per_step as f64;
         if !loss.is_finite() || !norm.is_finite() {
             let message = format!("the loss of step {} is {loss}, and the gradient's norm {norm}", state.step + 1);
             let hint = "lower the learning rate, or look at the domain's documents; the last checkpoint is kept";

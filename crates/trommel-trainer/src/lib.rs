@@ -18,6 +18,8 @@ pub mod evaluate;
 pub mod export;
 /// Fine-tuning with early stop.
 pub mod finetune;
+/// The model on a GPU, by hand.
+pub mod gpu;
 /// Text from a model.
 pub mod generate;
 /// The stream of training tokens of a folder of shards.

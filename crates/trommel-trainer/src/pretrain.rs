@@ -138,11 +138,11 @@ pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, i
         checkpoint::save(&folder, &model, &tokenizer, unfinished.as_ref(), state)
     };
     let mut log = Log::open(&plan.out, state.step)?;
-    let micro_batch = engine.micro_batch(plan.context);
     let save_every = checkpoint_steps(plan.model.training_flops_per_token(plan.context) * tokens_per_step as f64, device);
     progress.begin("pretrain", Some((steps - first) * tokens_per_step), "tokens");
     progress.advance((state.step - first) * tokens_per_step);
 
+    let mut ahead = None;
     while state.step < steps {
         if let Err(stopped) = interrupt.check() {
             save(&engine, &state)?;
@@ -150,20 +150,18 @@ pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, i
         }
         let start = Instant::now();
 
-        // Add up the gradient of the step's mean loss, some sequences at a time, expert by expert.
-        let mut loss = 0.0;
-        let dealt = data.deal(sequences, plan.context)?;
-        engine.prepare_experts(&dealt.iter().map(|(expert, _)| *expert).collect::<Vec<_>>());
-        for (expert, batch) in dealt {
-            engine.select_expert(expert);
-            for batch in batch.parts(micro_batch) {
-                loss += engine.accumulate(&batch, 1.0 / tokens_per_step as f32)? / tokens_per_step as f64;
-            }
+        // Add up the gradient of the step's mean loss; while a GPU is at it, read what the next step needs.
+        let batches = ahead.take().map_or_else(|| data.deal(sequences, plan.context), Ok)?;
+        engine.accumulate_all(&batches, 1.0 / tokens_per_step as f32)?;
+        let (position, read) = (data.place(), data.describe());
+        if state.step + 1 < steps {
+            ahead = Some(data.deal(sequences, plan.context)?);
         }
         let norm = engine.gradient_norm()?;
+        let loss = engine.take_losses()? / tokens_per_step as f64;
         if !loss.is_finite() || !norm.is_finite() {
             let message = format!("the loss of step {} is {loss}, and the gradient's norm {norm}", state.step + 1);
-            let place = format!("{} ({})", plan.shards.display(), data.describe());
+            let place = format!("{} ({read})", plan.shards.display());
             let hint = "lower the learning rate, or look at these rows; the last checkpoint is kept";
             return Err(Error::data(message).file(place).hint(hint));
         }
@@ -175,7 +173,7 @@ pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, i
             state.last_losses += loss;
         }
         let seconds = start.elapsed().as_secs_f64();
-        state = State { step: state.step + 1, position: data.place(), seconds: state.seconds + seconds, ..state };
+        state = State { step: state.step + 1, position, seconds: state.seconds + seconds, ..state };
         state.finished = state.step == steps;
 
         // Log.

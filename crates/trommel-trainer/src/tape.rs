@@ -1,4 +1,4 @@
-//! The model on candle's tape, for devices other than the CPU, and as the oracle of `crate::native` in the tests.
+//! The model on candle's tape: what adapters and teachers run on a GPU, and the oracle of `crate::native` and `crate::gpu` in the tests.
 
 use std::collections::BTreeSet;
 

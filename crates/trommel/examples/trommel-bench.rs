@@ -151,22 +151,15 @@ fn train(
     }
     let tokens = sequences * context;
     // Equal parts of the sequences for each expert; all of them for a plain model.
-    let parts: Vec<Batch> = batch.parts(sequences.div_ceil(experts.unwrap_or(1))).collect();
-    let micro_batch = engine.micro_batch(context);
+    let parts: Vec<(usize, Batch)> = batch.parts(sequences.div_ceil(experts.unwrap_or(1))).enumerate().collect();
     let mut step = 0;
     serve(|| {
         let start = Instant::now();
         let mut loss = 0.0;
         for _ in 0..steps {
-            loss = 0.0;
-            engine.prepare_experts(&(0..parts.len()).collect::<Vec<_>>());
-            for (expert, part) in parts.iter().enumerate() {
-                engine.select_expert(expert);
-                for batch in part.parts(micro_batch) {
-                    loss += engine.accumulate(&batch, 1.0 / tokens as f32)? / tokens as f64;
-                }
-            }
+            engine.accumulate_all(&parts, 1.0 / tokens as f32)?;
             let norm = engine.gradient_norm()?;
+            loss = engine.take_losses()? / tokens as f64;
             // So low a rate that the loss stays that of the start, which both sides are compared by.
             engine.step(&recipe, step, 1e-9, norm)?;
             step += 1;

@@ -6,12 +6,18 @@ use std::sync::Arc;
 
 use arrow::array::{ArrayRef, ListBuilder, UInt32Builder};
 use arrow::record_batch::RecordBatch;
+use candle_core::Device;
 use parquet::arrow::ArrowWriter;
 use trommel_core::manifest::{Manifest, Shard};
 use trommel_trainer::batch::Batch;
 use trommel_trainer::model::{Activation, Config};
 use trommel_trainer::pretrain::{Part, PretrainPlan};
 use trommel_trainer::recipe::Recipe;
+
+/// Where runs are tested: on the CPU unless `TROMMEL_TEST_DEVICE` names a GPU, such as `cuda:0`.
+pub(crate) fn device() -> Device {
+    trommel_trainer::device::parse(&std::env::var("TROMMEL_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned())).unwrap()
+}
 
 /// Words of the toy language; word 0 is the end of text.
 pub(crate) const VOCAB: usize = 30;

@@ -8,7 +8,7 @@ use trommel_trainer::parameters::Layout;
 use trommel_trainer::recipe::Recipe;
 use trommel_trainer::tape::Tape;
 
-use crate::fixtures::{batch, tiny};
+use crate::fixtures::{batch, device, tiny};
 
 /// Weights large enough that every part of the model matters.
 fn parameters(config: &Config) -> Vec<f32> {
@@ -16,7 +16,7 @@ fn parameters(config: &Config) -> Vec<f32> {
 }
 
 fn engine(config: &Config) -> Engine {
-    Engine::new(config, parameters(config), &Device::Cpu, Precision::F32).unwrap()
+    Engine::new(config, parameters(config), &device(), Precision::F32).unwrap()
 }
 
 fn assert_close(got: &[f32], expected: &[f32], tolerance: f32, what: &str) {
@@ -38,7 +38,8 @@ fn losses_logits_and_gradients_equal_the_tape() {
             let losses = tape.losses_and_gradient(&batch, 0.1).unwrap().to_vec1::<f32>().unwrap();
             assert_close(&engine.losses(&batch).unwrap(), &losses, 1e-5, "losses");
             assert_close(&engine.logits(&batch).unwrap(), &tape.logits(&batch).unwrap(), 1e-5, "logits");
-            let sum = engine.accumulate(&batch, 0.1).unwrap();
+            engine.accumulate(&batch, 0.1).unwrap();
+            let sum = engine.take_losses().unwrap();
             let expected: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
             assert!((sum / expected - 1.0).abs() < 1e-5);
         }
@@ -128,7 +129,8 @@ fn what_a_teacher_adds_equals_the_tape() {
     engine.learn_from(teacher.clone(), Precision::F32).unwrap();
     tape.learn_from(&teacher, Precision::F32).unwrap();
     let losses = tape.losses_and_gradient(&batch, 0.1).unwrap().to_vec1::<f32>().unwrap();
-    let sum = engine.accumulate(&batch, 0.1).unwrap();
+    engine.accumulate(&batch, 0.1).unwrap();
+    let sum = engine.take_losses().unwrap();
     let expected: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
     assert!((sum / expected - 1.0).abs() < 1e-5, "{sum} {expected}");
     assert!((expected / plain.iter().map(|loss| f64::from(*loss)).sum::<f64>() - 1.0).abs() > 0.05);
@@ -202,7 +204,8 @@ fn one_thread_and_two_threads_agree_to_the_bit() {
             let recipe = Recipe::pretraining(&config, 1000);
             let mut losses = Vec::new();
             for step in 0..3 {
-                losses.push(engine.accumulate(&batch, 0.01).unwrap());
+                engine.accumulate(&batch, 0.01).unwrap();
+                losses.push(engine.take_losses().unwrap());
                 let norm = engine.gradient_norm().unwrap();
                 engine.step(&recipe, step, 1e-2, norm).unwrap();
             }

@@ -14,7 +14,7 @@ use trommel_trainer::projected::project;
 use trommel_trainer::recipe::Recipe;
 use trommel_trainer::tape::Tape;
 
-use crate::fixtures::{CONTEXT, batch, plan, tiny, write_cluster_shards, write_shards};
+use crate::fixtures::{CONTEXT, batch, device, plan, tiny, write_cluster_shards, write_shards};
 use crate::specialise::finetune_plan;
 
 fn adapters(experts: usize, frozen: bool) -> Adapters {
@@ -27,7 +27,7 @@ fn adapted(activation: Activation, adapters: Adapters) -> Config {
 }
 
 fn engine(config: &Config, parameters: &[f32]) -> Engine {
-    Engine::new(config, parameters.to_vec(), &Device::Cpu, Precision::F32).unwrap()
+    Engine::new(config, parameters.to_vec(), &device(), Precision::F32).unwrap()
 }
 
 /// Every tensor away from its start, so that no gradient is zero by symmetry.
@@ -48,10 +48,11 @@ fn losses_gradients_and_steps_equal_the_tape() {
         // Expert 1 comes twice.
         for (expert, sequences, time) in [(1, 2, 7), (0, 1, 12), (1, 3, 5)] {
             let batch = batch(sequences, time, expert);
-            engine.select_expert(expert);
+            engine.select_expert(expert).unwrap();
             tape.select_expert(expert);
             let losses = tape.losses_and_gradient(&batch, 0.1).unwrap().to_vec1::<f32>().unwrap();
-            let sum = engine.accumulate(&batch, 0.1).unwrap();
+            engine.accumulate(&batch, 0.1).unwrap();
+            let sum = engine.take_losses().unwrap();
             let expected: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
             assert!((sum / expected - 1.0).abs() < 1e-5);
         }
@@ -84,7 +85,7 @@ fn the_start_is_the_model_and_merging_is_what_ran() {
     let trained = parameters(&config);
     for expert in 0..2 {
         let mut network = engine(&config, &trained);
-        network.select_expert(expert);
+        network.select_expert(expert).unwrap();
         let shares = [f64::from(u8::from(expert == 0)), f64::from(u8::from(expert == 1))];
         let merged = project(&config, &trained, &shares).unwrap();
         assert_eq!(network.losses(&batch).unwrap(), engine(&config.plain(), &merged).losses(&batch).unwrap());
@@ -100,10 +101,10 @@ fn fine_tuning_through_adapters_ends_in_a_plain_model() {
     let folder = tempfile::tempdir().unwrap();
     write_shards(&folder.path().join("shards"));
     let interrupt = Interrupt::default();
-    let pretrained = pretrain(&plan(folder.path(), "pretrained"), &Device::Cpu, &Silent, &interrupt).unwrap();
+    let pretrained = pretrain(&plan(folder.path(), "pretrained"), &device(), &Silent, &interrupt).unwrap();
     let whole = finetune_plan(folder.path(), Start::Checkpoint(pretrained.checkpoint.clone()), "adapted");
     let plan = FinetunePlan { adapters: Some(adapters(1, true)), ..whole };
-    let report = finetune(&plan, &Device::Cpu, &Silent, &interrupt).unwrap();
+    let report = finetune(&plan, &device(), &Silent, &interrupt).unwrap();
     assert!(report.best_step > 0 && report.loss_after < report.loss_before - 0.05, "{report:?}");
     let [before, after] = [&pretrained.checkpoint, &report.checkpoint].map(|path| checkpoint::read_model(path).unwrap());
     assert_eq!(after.config, before.config);
@@ -112,11 +113,11 @@ fn fine_tuning_through_adapters_ends_in_a_plain_model() {
         let target = ["q_proj", "o_proj", "up_proj", "down_proj"].iter().any(|name| slot.name.contains(name));
         assert_eq!(same, !target, "{}", slot.name);
     }
-    assert!(finetune(&plan, &Device::Cpu, &Silent, &interrupt).unwrap().cached);
+    assert!(finetune(&plan, &device(), &Silent, &interrupt).unwrap().cached);
 
     let refused = |adapters: Adapters| {
         let plan = FinetunePlan { adapters: Some(adapters), out: folder.path().join("refused"), ..plan.clone() };
-        finetune(&plan, &Device::Cpu, &Silent, &interrupt).unwrap_err().to_string()
+        finetune(&plan, &device(), &Silent, &interrupt).unwrap_err().to_string()
     };
     let error = refused(Adapters { targets: vec!["x_proj".into()], ..adapters(1, true) });
     assert!(error.contains("no matrix `x_proj`") && error.contains("down_proj"), "{error}");
@@ -132,7 +133,7 @@ fn adapters_of_clusters_train_beside_their_model() {
     let model = Config { adapters: Some(Adapters::of_experts(3, &base.model)), ..base.model.clone() };
     let share = |i: usize| Share { cluster_id: i as u32 * 10, share: 1.0, expert: i };
     let plan = PretrainPlan { model, mixture: Some((0..3).map(share).collect()), ..base };
-    let report = pretrain(&plan, &Device::Cpu, &Silent, &Interrupt::default()).unwrap();
+    let report = pretrain(&plan, &device(), &Silent, &Interrupt::default()).unwrap();
     let network = checkpoint::read_model(&report.checkpoint).unwrap();
     assert_eq!(network.config, plan.model);
     assert!(report.loss < 3.0, "{report:?}");

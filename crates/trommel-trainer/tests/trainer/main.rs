@@ -6,6 +6,8 @@
 mod fixtures;
 /// Gradients of the whole model against the tape and finite differences, and what the mask hides.
 mod gradients;
+/// The passes of a GPU.
+mod gpu;
 /// Low-rank adapters.
 mod lora;
 /// Projected networks, and training on clusters.

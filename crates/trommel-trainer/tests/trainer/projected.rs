@@ -15,14 +15,14 @@ use trommel_trainer::projected::project;
 use trommel_trainer::recipe::{Recipe, Schedule};
 use trommel_trainer::tape::Tape;
 
-use crate::fixtures::{CONTEXT, VOCAB, batch, plan, tiny, write_cluster_shards};
+use crate::fixtures::{CONTEXT, VOCAB, batch, device, plan, tiny, write_cluster_shards};
 
 fn network(activation: Activation, projection: Projection) -> Config {
     Config { projection: Some(projection), ..tiny(activation) }
 }
 
 fn engine(config: &Config, parameters: Vec<f32>) -> Engine {
-    Engine::new(config, parameters, &Device::Cpu, Precision::F32).unwrap()
+    Engine::new(config, parameters, &device(), Precision::F32).unwrap()
 }
 
 /// Every tensor away from its start, so that no gradient is zero by symmetry.
@@ -50,10 +50,10 @@ fn losses_and_gradients_equal_the_tape_that_mixes_for_each_batch() {
         let mut engine = engine(&config, start.clone());
         let mut tape = Tape::new(&config, &start, &Device::Cpu, Precision::F32).unwrap();
         // Expert 2 comes twice, expert 1 never, though it was announced.
-        engine.prepare_experts(&[2, 1]);
+        engine.prepare_experts(&[2, 1]).unwrap();
         for (expert, sequences, time) in [(2, 2, 7), (0, 1, 12), (2, 3, 5)] {
             let batch = batch(sequences, time, expert);
-            engine.select_expert(expert);
+            engine.select_expert(expert).unwrap();
             tape.select_expert(expert);
             let losses = tape.losses_and_gradient(&batch, 0.1).unwrap().to_vec1::<f32>().unwrap();
             close(&engine.losses(&batch).unwrap(), &losses, 1e-5, "losses");
@@ -76,7 +76,7 @@ fn gradients_equal_finite_differences() {
     let batches = [(1, batch(1, 9, 4)), (2, batch(2, 6, 1))];
     let mut tuned = engine(&config, start.clone());
     for (expert, batch) in &batches {
-        tuned.select_expert(*expert);
+        tuned.select_expert(*expert).unwrap();
         tuned.accumulate(batch, 1.0).unwrap();
     }
     let gradient = tuned.gradient().unwrap();
@@ -85,7 +85,7 @@ fn gradients_equal_finite_differences() {
         parameters[i] += change;
         let mut engine = engine(&config, parameters);
         let sum = |(expert, batch): &(usize, _)| {
-            engine.select_expert(*expert);
+            engine.select_expert(*expert).unwrap();
             engine.losses(batch).unwrap().iter().map(|loss| f64::from(*loss)).sum::<f64>()
         };
         batches.iter().map(sum).sum::<f64>()
@@ -109,7 +109,7 @@ fn steps_equal_the_tape() {
         for step in 0..3u64 {
             for expert in [step as usize, 2] {
                 let batch = batch(2, 9, expert);
-                engine.select_expert(expert);
+                engine.select_expert(expert).unwrap();
                 engine.accumulate(&batch, 0.1).unwrap();
                 tape.select_expert(expert);
                 tape.losses_and_gradient(&batch, 0.1).unwrap();
@@ -168,9 +168,10 @@ fn a_hard_mixture_of_one_expert_is_the_plain_model() {
     let mut plain = engine(&config.plain(), Layout::new(&config.plain()).initial(4));
     for step in 0..4 {
         let batch = batch(2, 11, step);
-        network.select_expert(0);
+        network.select_expert(0).unwrap();
         let losses = [&mut network, &mut plain].map(|engine| {
-            let loss = engine.accumulate(&batch, 0.05).unwrap();
+            engine.accumulate(&batch, 0.05).unwrap();
+            let loss = engine.take_losses().unwrap();
             let norm = engine.gradient_norm().unwrap();
             engine.step(&recipe, step as u64, 1e-2, norm).unwrap();
             loss
@@ -192,7 +193,7 @@ fn a_hard_mixture_has_the_gradients_of_separate_mlps() {
     let mut own = Vec::new();
     for expert in 0..2 {
         let batch = batch(2, 10, 3 * expert);
-        network.select_expert(expert);
+        network.select_expert(expert).unwrap();
         network.accumulate(&batch, 0.1).unwrap();
         let shares = [1.0 - expert as f64, expert as f64];
         let mut alone = engine(&config.plain(), project(&config, &start, &shares).unwrap());
@@ -234,13 +235,13 @@ fn a_network_trains_on_clusters_and_resumes_bit_for_bit() {
     let folder = tempfile::tempdir().unwrap();
     write_cluster_shards(&folder.path().join("shards"), 3);
     let whole = network_plan(folder.path(), "whole");
-    let report = pretrain(&whole, &Device::Cpu, &Silent, &Interrupt::default()).unwrap();
+    let report = pretrain(&whole, &device(), &Silent, &Interrupt::default()).unwrap();
     assert!(report.loss < (VOCAB as f64).ln() - 0.5, "{}", report.loss);
     let parts = network_plan(folder.path(), "parts");
     for steps in [1, 9] {
         crate::runs::run_for(&parts, steps).unwrap_err();
     }
-    pretrain(&parts, &Device::Cpu, &Silent, &Interrupt::default()).unwrap();
+    pretrain(&parts, &device(), &Silent, &Interrupt::default()).unwrap();
     let weights = |plan: &PretrainPlan| fs::read(plan.out.join("checkpoint/model.safetensors")).unwrap();
     assert!(weights(&whole) == weights(&parts));
 }
@@ -276,7 +277,7 @@ fn trunk_and_decay_of_the_same_mixture_are_one_whole_run() {
     let recipe = Recipe { schedule: Schedule::Wsd, ..base.recipe.clone() };
     let whole = PretrainPlan { recipe, mixture: Some(shares(false)), ..base };
     let trunk = PretrainPlan { part: Part::Trunk, out: folder.path().join("trunk"), ..whole.clone() };
-    let run = |plan: &PretrainPlan| pretrain(plan, &Device::Cpu, &Silent, &Interrupt::default()).unwrap();
+    let run = |plan: &PretrainPlan| pretrain(plan, &device(), &Silent, &Interrupt::default()).unwrap();
     let (all, first) = (run(&whole), run(&trunk));
     let part = Part::Decay(first.checkpoint.clone());
     let decay = PretrainPlan { part, out: folder.path().join("decay"), ..whole.clone() };
@@ -290,7 +291,7 @@ fn trunk_and_decay_of_the_same_mixture_are_one_whole_run() {
     };
     assert_eq!([rates(&trunk), rates(&decay)].concat(), rates(&whole));
     let cosine = PretrainPlan { recipe: Recipe { schedule: Schedule::Cosine, ..trunk.recipe.clone() }, ..trunk };
-    let error = pretrain(&cosine, &Device::Cpu, &Silent, &Interrupt::default()).unwrap_err();
+    let error = pretrain(&cosine, &device(), &Silent, &Interrupt::default()).unwrap_err();
     assert!(error.message().contains("wsd"), "{error}");
 }
 
@@ -299,7 +300,7 @@ fn networks_that_do_not_fit_their_shards_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     write_cluster_shards(&folder.path().join("shards"), 3);
     let plan = network_plan(folder.path(), "out");
-    let refused = |plan: &PretrainPlan| pretrain(plan, &Device::Cpu, &Silent, &Interrupt::default()).unwrap_err().to_string();
+    let refused = |plan: &PretrainPlan| pretrain(plan, &device(), &Silent, &Interrupt::default()).unwrap_err().to_string();
     let fewer = Config { projection: Some(Projection::new(2)), ..plan.model.clone() };
     let error = refused(&PretrainPlan { model: fewer, ..plan.clone() });
     assert!(error.contains("expert 2, and the model has 2"), "{error}");

@@ -4,7 +4,6 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use candle_core::Device;
 use trommel_core::error::{Kind, Result};
 use trommel_core::progress::{Interrupt, Progress, Silent};
 use trommel_kernels::panels::Precision;
@@ -12,7 +11,7 @@ use trommel_trainer::log::Entry;
 use trommel_trainer::pretrain::{PretrainPlan, TrainReport, pretrain};
 use trommel_trainer::recipe::Recipe;
 
-use crate::fixtures::{plan, write_shards};
+use crate::fixtures::{device, plan, write_shards};
 
 /// Asks for a stop after some steps.
 struct StopAfter {
@@ -33,14 +32,14 @@ impl Progress for StopAfter {
 }
 
 fn run(plan: &PretrainPlan) -> Result<TrainReport> {
-    pretrain(plan, &Device::Cpu, &Silent, &Interrupt::default())
+    pretrain(plan, &device(), &Silent, &Interrupt::default())
 }
 
 /// Runs until some steps are done.
 pub(crate) fn run_for(plan: &PretrainPlan, steps: u64) -> Result<TrainReport> {
     let interrupt = Interrupt::default();
     let progress = StopAfter { steps: AtomicU64::new(steps), interrupt: interrupt.clone() };
-    pretrain(plan, &Device::Cpu, &progress, &interrupt)
+    pretrain(plan, &device(), &progress, &interrupt)
 }
 
 fn log(out: &Path) -> Vec<(u64, f64, f64)> {
@@ -106,7 +105,7 @@ fn micro_batches_only_change_rounding() {
     use trommel_trainer::parameters::Layout;
     let config = crate::fixtures::tiny(trommel_trainer::model::Activation::SwiGlu);
     let gradient = |micro: usize| {
-        let mut engine = Engine::new(&config, Layout::new(&config).initial(1), &Device::Cpu, Precision::F32).unwrap();
+        let mut engine = Engine::new(&config, Layout::new(&config).initial(1), &device(), Precision::F32).unwrap();
         let all = crate::fixtures::batch(16, 8, 0);
         for first in (0..16).step_by(micro) {
             let at = first * 8..(first + micro) * 8;

@@ -3,7 +3,6 @@
 use std::fs;
 use std::path::Path;
 
-use candle_core::Device;
 use trommel_core::progress::{Interrupt, Silent};
 use trommel_kernels::panels::Precision;
 use trommel_trainer::evaluate::evaluate;
@@ -13,7 +12,7 @@ use trommel_trainer::model::Activation;
 use trommel_trainer::pretrain::pretrain;
 use trommel_trainer::recipe::Recipe;
 
-use crate::fixtures::{CONTEXT, plan, text, tiny, write_shards};
+use crate::fixtures::{CONTEXT, device, plan, text, tiny, write_shards};
 
 /// Documents whose stride is two, one third of the language.
 fn domain(range: std::ops::Range<usize>) -> Vec<String> {
@@ -47,10 +46,10 @@ fn tuning_helps_on_the_domain_and_everything_repeats() {
     let folder = tempfile::tempdir().unwrap();
     write_shards(&folder.path().join("shards"));
     let interrupt = Interrupt::default();
-    let pretrained = pretrain(&plan(folder.path(), "pretrained"), &Device::Cpu, &Silent, &interrupt).unwrap();
+    let pretrained = pretrain(&plan(folder.path(), "pretrained"), &device(), &Silent, &interrupt).unwrap();
     let start = Start::Checkpoint(pretrained.checkpoint.clone());
     let tune = |start: &Start, out: &str| {
-        finetune(&finetune_plan(folder.path(), start.clone(), out), &Device::Cpu, &Silent, &Interrupt::default()).unwrap()
+        finetune(&finetune_plan(folder.path(), start.clone(), out), &device(), &Silent, &Interrupt::default()).unwrap()
     };
     let report = tune(&start, "tuned");
     assert!(report.best_step > 0 && report.loss_after < report.loss_before - 0.1, "{report:?}");
@@ -61,7 +60,7 @@ fn tuning_helps_on_the_domain_and_everything_repeats() {
 
     // The weights on disk are those of the best evaluation.
     let documents = domain(40..46);
-    let score = |folder: &Path| evaluate(folder, &documents, CONTEXT, &Device::Cpu, &Silent, &interrupt).unwrap();
+    let score = |folder: &Path| evaluate(folder, &documents, CONTEXT, &device(), &Silent, &interrupt).unwrap();
     let (before, after) = (score(&pretrained.checkpoint), score(&report.checkpoint));
     assert!((before.nll_per_token - report.loss_before).abs() < 1e-9);
     assert!((after.nll_per_token - report.loss_after).abs() < 1e-9);
@@ -78,10 +77,10 @@ fn tuning_helps_on_the_domain_and_everything_repeats() {
 fn tuning_that_only_harms_keeps_the_start() {
     let folder = tempfile::tempdir().unwrap();
     write_shards(&folder.path().join("shards"));
-    let pretrained = pretrain(&plan(folder.path(), "pretrained"), &Device::Cpu, &Silent, &Interrupt::default()).unwrap();
+    let pretrained = pretrain(&plan(folder.path(), "pretrained"), &device(), &Silent, &Interrupt::default()).unwrap();
     let plan = finetune_plan(folder.path(), Start::Checkpoint(pretrained.checkpoint.clone()), "tuned");
     let recipe = Recipe { learning_rate: 0.5, warmup_steps: 1, ..plan.recipe.clone() };
-    let report = finetune(&FinetunePlan { recipe, ..plan }, &Device::Cpu, &Silent, &Interrupt::default()).unwrap();
+    let report = finetune(&FinetunePlan { recipe, ..plan }, &device(), &Silent, &Interrupt::default()).unwrap();
     assert_eq!((report.best_step, report.steps), (0, 8), "four evaluations without gain, two steps apart");
     let weights = |folder: &Path| fs::read(folder.join("model.safetensors")).unwrap();
     assert_eq!(weights(&report.checkpoint), weights(&pretrained.checkpoint));
@@ -91,10 +90,10 @@ fn tuning_that_only_harms_keeps_the_start() {
 fn generated_text_is_of_the_language_and_repeats() {
     let folder = tempfile::tempdir().unwrap();
     write_shards(&folder.path().join("shards"));
-    let pretrained = pretrain(&plan(folder.path(), "pretrained"), &Device::Cpu, &Silent, &Interrupt::default()).unwrap();
+    let pretrained = pretrain(&plan(folder.path(), "pretrained"), &device(), &Silent, &Interrupt::default()).unwrap();
     let write = |seed| {
         let sampling = Sampling { max_tokens: 40, temperature: 0.7, top_k: Some(5), seed };
-        generate(&pretrained.checkpoint, "w1 w2 w3", &sampling, &Device::Cpu, &Interrupt::default()).unwrap()
+        generate(&pretrained.checkpoint, "w1 w2 w3", &sampling, &device(), &Interrupt::default()).unwrap()
     };
     assert_eq!(write(1), write(1));
     assert!((1..5).any(|seed| !write(seed).is_empty()));
@@ -105,8 +104,8 @@ fn a_teacher_is_learnt_from_and_must_fit() {
     let folder = tempfile::tempdir().unwrap();
     write_shards(&folder.path().join("shards"));
     let interrupt = Interrupt::default();
-    let run = |plan: &FinetunePlan| finetune(plan, &Device::Cpu, &Silent, &Interrupt::default());
-    let pretrained = pretrain(&plan(folder.path(), "pretrained"), &Device::Cpu, &Silent, &interrupt).unwrap();
+    let run = |plan: &FinetunePlan| finetune(plan, &device(), &Silent, &Interrupt::default());
+    let pretrained = pretrain(&plan(folder.path(), "pretrained"), &device(), &Silent, &interrupt).unwrap();
     let teacher = run(&finetune_plan(folder.path(), Start::Checkpoint(pretrained.checkpoint.clone()), "teacher")).unwrap();
     let student = Start::Scratch { model: tiny(Activation::SwiGlu), end_of_text: 0 };
     let plan = |out: &str, teacher: Option<TeacherPlan>| FinetunePlan {
