@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Training steps of `slm-126m` on a GPU in bf16: ours against eager and compiled PyTorch, with its flash attention.
 
-    python3 tests/peers/training_gpu.py [BINARY]
+    python3 tests/peers/training_gpu.py [SEQUENCES [BINARY]]
 
-Run where there is a GPU, by a Python that has PyTorch; BINARY is the example `throughput`, built with `--features cuda`. One side
-after the other, the better of two rounds of ten steps each; ours also as a projected network of 16 experts.
+Run where there is a GPU, by a Python that has PyTorch; a step has 32 sequences of 1,024 tokens unless told otherwise. BINARY is the
+example `throughput`, built with `--features cuda`, which prints the median and the best of ten steps, also of a projected network
+of 16 experts; of PyTorch it is the better of two rounds of ten steps.
 """
 import subprocess, sys, time
 import torch
@@ -30,8 +31,9 @@ def peer(sequences):
 
 print(torch.cuda.get_device_name(), flush=True)
 torch.set_float32_matmul_precision("highest")
-for sequences in [32]:
-    for experts in ["0", "16"] if len(sys.argv) > 1 else []:
+sequences = int(sys.argv[1]) if len(sys.argv) > 1 else 32
+for binary in sys.argv[2:]:
+    for experts in ["0", "16"]:
         tokens = str(sequences * CONTEXT)
-        subprocess.run([sys.argv[1], "slm-126m", str(CONTEXT), "32000", "bf16", tokens, "cuda", experts], check=False)
-    peer(sequences)
+        subprocess.run([binary, "slm-126m", str(CONTEXT), "32000", "bf16", tokens, "cuda", experts], check=False)
+peer(sequences)

@@ -108,7 +108,7 @@ fn taught(config: &Config, gpu: &Gpu, teacher: &Teacher, precision: Precision) -
 
 impl Engine {
     /// A model of shape `config` with the flat `parameters`, on `device`. Its weights and sums are `f32`; `precision` is that
-    /// of the products of weights and rows; other devices than the CPU round the results of products too.
+    /// of the products of weights and rows, and on a GPU of all rows that products read or write, those of attention too.
     pub fn new(config: &Config, parameters: Vec<f32>, device: &Device, precision: Precision) -> Result<Engine> {
         config.check()?;
         let layout = Layout::new(config);
@@ -187,6 +187,9 @@ impl Engine {
             Place::Network(_) => return Err(Error::internal("a network of experts has no teacher")),
             Place::Host(host) => host.teacher = Some((Native::new(&teacher.config, precision), teacher)),
             Place::Tape(tape) => tape.learn_from(&teacher, precision).map_err(internal)?,
+            Place::Gpu(_) if self.config.projection.is_some() => {
+                return Err(Error::internal("a network of experts has no teacher"));
+            }
             // The tape knows teachers.
             Place::Gpu(gpu) => {
                 self.place = Place::Tape(Box::new(taught(&self.config, gpu, &teacher, precision).map_err(internal)?))

@@ -155,12 +155,20 @@ pub fn finetune(
         scores(engine, &validation, start.end_of_text, plan.context, &Silent, interrupt).map(|scores| mean_nll(&scores))
     };
 
+    let new_engine = |parameters: Vec<f32>| {
+        let mut engine = Engine::new(&config, parameters, device, plan.recipe.precision)?;
+        if let Some(teacher) = teacher {
+            engine.learn_from(teacher, plan.recipe.precision)?;
+        }
+        Ok::<_, Error>(engine)
+    };
+
     // Start, or continue.
     let (mut state, mut engine, mut best) = match checkpoint::read_state::<State>(&folder)? {
         Some(state) if state.fingerprint != fingerprint => return Err(checkpoint::of_another_plan(&folder)),
         Some(state) if state.finished => return Ok(report(&state, true)),
         Some(state) => {
-            let mut engine = Engine::new(&config, checkpoint::read_model(&folder)?.parameters, device, plan.recipe.precision)?;
+            let mut engine = new_engine(checkpoint::read_model(&folder)?.parameters)?;
             let unfinished = checkpoint::read_unfinished(&folder, &config)?;
             engine.set_moments(unfinished.moments)?;
             source.seek(state.position)?;
@@ -168,7 +176,7 @@ pub fn finetune(
             (state, engine, unfinished.best.unwrap_or_default())
         }
         None => {
-            let mut engine = Engine::new(&config, start.parameters.clone(), device, plan.recipe.precision)?;
+            let mut engine = new_engine(start.parameters.clone())?;
             let loss = evaluate(&mut engine)?;
             let state = State {
                 fingerprint,
@@ -195,9 +203,6 @@ pub fn finetune(
         let unfinished = (!state.finished).then(|| engine.moments().map(unfinished)).transpose()?;
         checkpoint::save(&folder, &model, &plan.tokenizer, unfinished.as_ref(), state)
     };
-    if let Some(teacher) = teacher {
-        engine.learn_from(teacher, plan.recipe.precision)?;
-    }
     let mut log = Log::open(&plan.out, state.step)?;
     progress.begin("finetune", Some(steps * tokens_per_step), "tokens");
     progress.advance(state.step * tokens_per_step);

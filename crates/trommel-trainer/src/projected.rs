@@ -55,9 +55,9 @@ struct Own {
 /// Where the tensors of a network lie, and which of them the plain model has too.
 #[derive(Debug, Clone)]
 pub(crate) struct Tensors {
-    projection: Projection,
-    layers: Vec<Layer>,
-    experts: Range<usize>,
+    pub(crate) projection: Projection,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) experts: Range<usize>,
     /// Plain slots, and their place in the network.
     shared: Vec<(Slot, Range<usize>)>,
     slots: Vec<Slot>,
@@ -66,10 +66,10 @@ pub(crate) struct Tensors {
 
 /// Where the tensors of one layer lie.
 #[derive(Debug, Clone)]
-struct Layer {
-    basis: Range<usize>,  // (h, numbers of an MLP), in the network
-    mixing: Range<usize>, // (m, h), in the network
-    mlp: Range<usize>,    // in the plain model
+pub(crate) struct Layer {
+    pub(crate) basis: Range<usize>,  // (h, numbers of an MLP), in the network
+    pub(crate) mixing: Range<usize>, // (m, h), in the network
+    mlp: Range<usize>,               // in the plain model
 }
 
 /// Gradients of what mixes the experts.

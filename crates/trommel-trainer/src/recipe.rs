@@ -45,7 +45,7 @@ pub struct Recipe {
     pub beta2: f64,
     /// Added to the root of `AdamW`'s second moment.
     pub epsilon: f64,
-    /// Of the products of weights and rows; weights, moments and sums are `f32`.
+    /// Of the products of weights and rows; weights, moments and sums are `f32`. On a GPU, of all rows that products read or write.
     pub precision: Precision,
 }
 

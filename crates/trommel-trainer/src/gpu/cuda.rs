@@ -1,12 +1,13 @@
 //! The operations on an NVIDIA GPU: the kernels of `kernels.cu`, and cuBLAS for products.
 //!
-//! Everything runs on the device's one stream, in the order of the calls, so a buffer may be read, written and freed without
-//! waiting. Only [`Kernels::squares`] waits, for its number.
+//! Everything runs on the stream of the thread that calls, in the order of the calls, so a buffer may be read, written and freed
+//! without waiting; a model is not `Send`, and so stays on its thread. Only [`Kernels::squares`] waits, for its number.
 #![expect(unsafe_code, reason = "kernels and cuBLAS are called with addresses")]
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
 
 use candle_core::cuda_backend::cudarc::cublas::{result as cublas, sys};
 use candle_core::cuda_backend::cudarc::driver::{self, LaunchConfig, PushKernelArg};
@@ -15,7 +16,7 @@ use candle_core::cuda_backend::{CudaDevice, WrapErr};
 use candle_core::{DType, Device, Result, Storage, Tensor};
 use trommel_kernels::adamw::Factors;
 
-use super::ops::{ByToken, Factor, Heads, Kernels, Normed, QUERIES, Spot, dims, plain};
+use super::ops::{ByToken, Factor, Heads, Kernels, Normed, QUERIES, Spot, as_is, dims};
 use crate::model::Activation;
 
 /// Threads of a block.
@@ -29,7 +30,7 @@ const SUM_BLOCKS: usize = 512;
 pub(super) struct Cuda {
     device: CudaDevice,
     code: &'static str,
-    functions: Mutex<HashMap<String, driver::CudaFunction>>,
+    functions: RefCell<HashMap<String, driver::CudaFunction>>,
     memory: usize, // bytes
 }
 
@@ -160,7 +161,7 @@ impl Cuda {
             driver::sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut keep).cast::<c_void>()).result().w()?;
             device.disable_event_tracking();
         }
-        Ok(Cuda { device: device.clone(), code: code()?, functions: Mutex::default(), memory })
+        Ok(Cuda { device: device.clone(), code: code()?, functions: RefCell::default(), memory })
     }
 
     fn upload(&self, numbers: &[u32]) -> Result<Tensor> {
@@ -169,7 +170,7 @@ impl Cuda {
 
     /// A kernel by its name, looked up once.
     fn function(&self, kernel: &str) -> Result<driver::CudaFunction> {
-        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut functions = self.functions.borrow_mut();
         if let Some(function) = functions.get(kernel) {
             return Ok(function.clone());
         }
@@ -285,7 +286,7 @@ impl Kernels for Cuda {
     }
 
     fn multiply_into(&self, a: Factor<'_>, b: Factor<'_>, out: &Tensor, row: usize) -> Result<()> {
-        let (_, rows, columns) = dims(plain(out))?;
+        let (_, rows, columns) = dims(as_is(out))?;
         let Address(first) = address(out)? else { candle_core::bail!("no tensor") };
         let at = Address(first + (row * columns * out.dtype().size_in_bytes()) as u64);
         self.product(a, b, Out { at, dtype: out.dtype(), row: columns, matrix: rows * columns, add: false })

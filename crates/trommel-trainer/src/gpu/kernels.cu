@@ -1,4 +1,4 @@
-// The kernels of a GPU's passes; `twins.rs` says the same in Rust. They are compiled when a device is opened.
+// The kernels of a GPU's passes; `twins.rs` says the same in Rust. They are compiled once, for the first model on a GPU.
 //
 // A row is one position of a batch, in `f32` or `bf16`; sums are in `f32` and in an order that depends on nothing but the shape.
 // Indices that can exceed 2^32 are `size_t`. No header is included, so that no toolkit need be installed beside the compiler.

@@ -21,11 +21,17 @@ use candle_core::{DType, Device, Result, Tensor};
 use trommel_kernels::adamw::Factors;
 use trommel_kernels::panels::Precision;
 
-use self::ops::{Kernels, Spot, plain, turned};
+use self::ops::{Kernels, Spot, as_is, transposed};
 use self::pass::{Gradients, Layer, LayerGradients, Mlp, Parts, Pass, Weights};
 use crate::batch::Batch;
-use crate::model::{Config, Projection};
+use crate::model::{Activation, Config, Projection};
 use crate::parameters::{Layout, Slot, layer_sizes};
+use crate::projected::{Layer as Place, Tensors};
+
+/// Numbers of a row whose sums fit into the shared memory of a block.
+const WIDTH_MOST: usize = 12_000;
+/// Rows of blocks that a kernel is called with.
+const CAPACITY_MOST: usize = 65_535;
 
 /// A plain model or a projected network on a device.
 #[derive(Debug)]
@@ -35,52 +41,83 @@ pub struct Gpu {
     kernels: Box<dyn Kernels>,
     pass: Pass,
     rows: DType,
-    parameters: Tensor,            // flat
-    gradient: Option<Tensor>,      // flat, once there is one
-    moments: Option<[Tensor; 2]>,  // flat, once there are any
-    losses: Option<Tensor>,        // the sum of those accumulated
-    casts: HashMap<usize, Tensor>, // matrices of this step's parameters as rows, by their place
-    network: Option<Network>,
+    parameters: Tensor,             // flat
+    gradient: Option<Tensor>,       // flat, once there is one
+    moments: Option<[Tensor; 2]>,   // flat, once there are any
+    losses: Option<Tensor>,         // the sum of those accumulated
+    casts: HashMap<usize, Tensor>,  // matrices of this step's parameters as rows, by their place
+    groups: Vec<[Range<usize>; 6]>, // of each layer
+    last_gain: Range<usize>,
+    network: Option<Mixed>,
 }
 
 /// What makes the plain models of a network.
 #[derive(Debug)]
-struct Network {
-    projection: Projection,
-    experts: Range<usize>,                     // (k, m) in the flat buffer
-    layers: Vec<(Range<usize>, Range<usize>)>, // basis (h, numbers) and mixing matrix (m, h)
-    mixed: Vec<usize>,                         // the experts whose MLPs are at hand
-    alphas: Vec<Tensor>,                       // layers times (mixed, h)
-    mlps: Vec<Tensor>,                         // layers times (mixed, numbers), as rows
-    mlp_gradients: Vec<Tensor>,                // layers times (mixed * numbers), once there are any
-    selected: usize,                           // of `mixed`
-    added: BTreeSet<usize>,                    // places in `mixed` that have a gradient
-    chained: bool,                             // whether the basis has its gradient of this step
-    seen: BTreeSet<usize>,                     // experts that the gradient comes from
+struct Mixed {
+    tensors: Tensors,           // where those of the network lie in the flat buffer
+    mixed: Vec<usize>,          // the experts whose MLPs are at hand
+    vectors: Option<Tensor>,    // (mixed, m), theirs
+    alphas: Vec<Tensor>,        // layers times (mixed, h)
+    mlps: Vec<Tensor>,          // layers times (mixed, numbers), as rows
+    mlp_gradients: Vec<Tensor>, // layers times (mixed * numbers), once there are any
+    selected: Option<usize>,    // of `mixed`
+    added: BTreeSet<usize>,     // places in `mixed` that have a gradient
+    chained: bool,              // whether the basis has its gradient of this step
+    seen: BTreeSet<usize>,      // experts that the gradient comes from
 }
 
-impl Network {
-    /// The network of a layout; `None` for a plain model.
-    fn of(config: &Config, layout: &Layout) -> Option<Network> {
-        let projection = config.projection?;
-        let plain = Layout::new(&config.plain());
-        // In the order of the buffer: a basis, then its mixing matrix, for each layer; the experts come last.
-        let own: Vec<&Slot> = layout.slots().iter().filter(|slot| plain.slot(&slot.name).is_none()).collect();
-        let (experts, layers) = own.split_last()?;
-        Some(Network {
-            projection,
-            experts: experts.range.clone(),
-            layers: layers.chunks_exact(2).map(|pair| (pair[0].range.clone(), pair[1].range.clone())).collect(),
+impl Mixed {
+    /// The network; `None` for a plain model.
+    fn of(config: &Config) -> Option<Mixed> {
+        Some(Mixed {
+            tensors: Tensors::of(config)?,
             mixed: Vec::new(),
+            vectors: None,
             alphas: Vec::new(),
             mlps: Vec::new(),
             mlp_gradients: Vec::new(),
-            selected: 0,
+            selected: None,
             added: BTreeSet::new(),
             chained: false,
             seen: BTreeSet::new(),
         })
     }
+
+    /// Forgets the experts at hand.
+    fn forget(&mut self) {
+        (self.vectors, self.selected) = (None, None);
+        self.mixed.clear();
+        self.alphas.clear();
+        self.mlps.clear();
+    }
+}
+
+/// Where the groups of each layer lie in the flat buffer, in the order of [`layer_sizes`]; of a network's MLPs, where they lie in an
+/// expert's.
+fn groups(config: &Config, layout: &Layout) -> Result<Vec<[Range<usize>; 6]>> {
+    let sizes = layer_sizes(config);
+    let group = |layer: usize| {
+        let at = |name: &str| {
+            let name = format!("model.layers.{layer}.{name}.weight");
+            let start = layout.slot(&name).map(|slot| slot.range.start);
+            start.ok_or_else(|| candle_core::Error::msg(format!("the model has no tensor `{name}`")))
+        };
+        let up = match config.activation {
+            _ if config.projection.is_some() => 0,
+            Activation::SwiGlu => at("mlp.gate_proj")?,
+            Activation::Gelu => at("mlp.up_proj")?,
+        };
+        let starts = [
+            at("input_layernorm")?,
+            at("self_attn.q_proj")?,
+            at("self_attn.o_proj")?,
+            at("post_attention_layernorm")?,
+            up,
+            up + sizes[4],
+        ];
+        Ok(std::array::from_fn(|i| starts[i]..starts[i] + sizes[i]))
+    };
+    (0..config.layers).map(group).collect()
 }
 
 /// A part of a flat buffer, in this shape.
@@ -103,6 +140,12 @@ impl Gpu {
         if !Gpu::runs(config) {
             candle_core::bail!("adapters run on the tape");
         }
+        let capacity = config.projection.map_or(0, |projection| projection.capacity);
+        if config.width > WIDTH_MOST || capacity > CAPACITY_MOST {
+            candle_core::bail!(
+                "a GPU's kernels take rows of up to {WIDTH_MOST} numbers, and up to {CAPACITY_MOST} MLPs in a basis"
+            );
+        }
         let kernels: Box<dyn Kernels> = match device {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => Box::new(cuda::Cuda::new(device)?),
@@ -113,8 +156,11 @@ impl Gpu {
             Precision::Bf16 => DType::BF16,
         };
         let layout = Layout::new(config);
+        let Some(last_gain) = layout.slot("model.norm.weight") else { candle_core::bail!("the model has no last norm") };
         Ok(Gpu {
-            network: Network::of(config, &layout),
+            network: Mixed::of(config),
+            groups: groups(config, &layout)?,
+            last_gain: last_gain.range.clone(),
             pass: Pass::new(&config.plain(), rows, device)?,
             parameters: Tensor::from_slice(parameters, parameters.len(), device)?,
             config: config.clone(),
@@ -133,14 +179,17 @@ impl Gpu {
         self.parameters.device()
     }
 
-    /// Sequences of `time` tokens whose activations fit into a quarter of the device's memory.
+    /// Sequences of `time` tokens whose activations fit into a quarter of what the model leaves of the device's memory.
     pub fn micro_batch(&self, time: usize) -> usize {
         let c = &self.config;
         let (row, packed, square) = (self.rows.size_in_bytes(), c.activation.packed() * c.mlp, c.heads * time);
         // Two residual streams, and rows: two norms, queries, keys, values, what was attended, the MLP, the shares of attention.
         let kept = c.layers * (8 * c.width + row * (6 * c.width + packed + square));
         let passing = 16 * c.width + 2 * row * packed + (4 + row) * square;
-        (self.kernels.memory() / 4 / ((kept + passing) * time)).max(1)
+        // Parameters, gradient, moments and casts; and what a step holds for each expert.
+        let experts = if c.projection.is_some() { c.experts() * c.layers * c.mlp_weights() } else { 0 };
+        let held = (16 + row) * self.layout.len() + (4 + row) * experts;
+        (self.kernels.memory().saturating_sub(held) / 4 / ((kept + passing) * time)).max(1)
     }
 
     /// The flat parameters, on the host.
@@ -171,63 +220,38 @@ impl Gpu {
     pub fn prepare_experts(&mut self, experts: &[usize]) -> Result<()> {
         self.apply_chain_rule()?;
         let Some(network) = &mut self.network else { return Ok(()) };
-        let Projection { experts: most, expert_size, capacity, .. } = network.projection;
-        network.mixed = experts.iter().copied().collect::<BTreeSet<_>>().into_iter().collect();
-        if let Some(beyond) = network.mixed.iter().find(|expert| **expert >= most) {
+        let Projection { experts: most, expert_size, capacity, .. } = network.tensors.projection;
+        if let Some(beyond) = experts.iter().find(|expert| **expert >= most) {
             candle_core::bail!("expert {beyond} is beyond the network's {most}");
         }
-        let vectors = view(&self.parameters, &network.experts, &[most, expert_size])?;
-        let vectors = vectors.index_select(&rows_of(&network.mixed, self.parameters.device())?, 0)?; // (mixed, m)
-        (network.alphas, network.mlps) = (Vec::new(), Vec::new());
-        for (basis, mixing) in &network.layers {
+        network.forget();
+        network.mixed = experts.iter().copied().collect::<BTreeSet<_>>().into_iter().collect();
+        let vectors = view(&self.parameters, &network.tensors.experts, &[most, expert_size])?;
+        let vectors = vectors.index_select(&rows_of(&network.mixed, self.parameters.device())?, 0)?;
+        for Place { basis, mixing, .. } in &network.tensors.layers {
             let mixing = view(&self.parameters, mixing, &[expert_size, capacity])?;
             let basis = view(&self.parameters, basis, &[capacity, basis.len() / capacity])?;
-            let alpha = self.kernels.multiply(plain(&vectors), plain(&mixing), DType::F32)?;
+            let alpha = self.kernels.multiply(as_is(&vectors), as_is(&mixing), DType::F32)?;
             network.mlps.push(self.kernels.mix(&alpha, &basis, self.rows)?);
             network.alphas.push(alpha);
         }
-        network.selected = 0;
+        network.vectors = Some(vectors);
         Ok(())
     }
 
     /// Makes the next batches run through expert `i`; of no meaning for a plain model.
     pub fn select_expert(&mut self, i: usize) -> Result<()> {
-        let Some(network) = &mut self.network else { return Ok(()) };
-        match network.mixed.iter().position(|expert| *expert == i) {
-            Some(place) => network.selected = place,
-            None => self.prepare_experts(&[i])?,
+        if self.network.as_ref().is_some_and(|network| !network.mixed.contains(&i)) {
+            self.prepare_experts(&[i])?;
+        }
+        if let Some(network) = &mut self.network {
+            network.selected = network.mixed.iter().position(|expert| *expert == i);
         }
         Ok(())
     }
 
-    /// Where the groups of one layer lie in the flat buffer, in the order of [`layer_sizes`]; a network's MLPs lie elsewhere, and have
-    /// places from 0 on.
-    fn groups(&self) -> Vec<[Range<usize>; 6]> {
-        let config = &self.config;
-        let mut end = config.vocab * config.width;
-        let group = |layer: usize| {
-            let sizes = layer_sizes(config);
-            let mut next = |i: usize| {
-                end += sizes[i];
-                end - sizes[i]..end
-            };
-            let shared = [next(0), next(1), next(2), next(3)];
-            let (up, down) = match &self.network {
-                None => (next(4), next(5)),
-                Some(network) => {
-                    end = network.layers[layer].1.end;
-                    (0..sizes[4], sizes[4]..sizes[4] + sizes[5])
-                }
-            };
-            let [attention_gain, qkv, output, mlp_gain] = shared;
-            [attention_gain, qkv, output, mlp_gain, up, down]
-        };
-        (0..config.layers).map(group).collect()
-    }
-
     /// The plain models of the experts at these places of `mixed`; of a plain model, the model.
     fn weights(&mut self, places: &[usize]) -> Result<Weights> {
-        let groups = self.groups();
         let config = &self.config;
         let (width, packed) = (config.width, config.activation.packed() * config.mlp);
         let flat = &self.parameters;
@@ -240,42 +264,36 @@ impl Gpu {
             casts.insert(range.start, cast.clone());
             Ok(cast)
         };
-        let mut layer = |(l, [attention_gain, qkv, output, mlp_gain, up, down]): (usize, [Range<usize>; 6])| {
-            let (qkv, output) = (matrix(&qkv, [3 * width, width])?, matrix(&output, [width, width])?);
+        let mut layer = |(l, [attention_gain, qkv, output, mlp_gain, up, down]): (usize, &[Range<usize>; 6])| {
+            let (qkv, output) = (matrix(qkv, [3 * width, width])?, matrix(output, [width, width])?);
             let (up_shape, down_shape) = ([packed, width], [width, config.mlp]);
             let mlps = match &self.network {
-                None => vec![Mlp { up: matrix(&up, up_shape)?, down: matrix(&down, down_shape)? }],
+                None => vec![Mlp { up: matrix(up, up_shape)?, down: matrix(down, down_shape)? }],
                 Some(network) => {
-                    let Some(mlps) = network.mlps.get(l) else { candle_core::bail!("no expert is selected") };
+                    let Some(mlps) = network.mlps.get(l) else { candle_core::bail!("no expert is prepared") };
                     let mlp = |place: &usize| {
                         let mlp = mlps.get(*place)?;
-                        Ok(Mlp { up: view(&mlp, &up, &up_shape)?, down: view(&mlp, &down, &down_shape)? })
+                        Ok(Mlp { up: view(&mlp, up, &up_shape)?, down: view(&mlp, down, &down_shape)? })
                     };
                     places.iter().map(mlp).collect::<Result<_>>()?
                 }
             };
             Ok(Layer {
-                attention_gain: view(flat, &attention_gain, &[width])?,
+                attention_gain: view(flat, attention_gain, &[width])?,
                 qkv,
                 output,
-                mlp_gain: view(flat, &mlp_gain, &[width])?,
+                mlp_gain: view(flat, mlp_gain, &[width])?,
                 mlps,
             })
         };
-        let layers = groups.into_iter().enumerate().map(&mut layer).collect::<Result<_>>()?;
+        let layers = self.groups.iter().enumerate().map(&mut layer).collect::<Result<_>>()?;
         let table = 0..config.vocab * width;
         Ok(Weights {
             table: view(flat, &table, &[config.vocab, width])?,
             table_rows: matrix(&table, [config.vocab, width])?,
-            last_gain: view(flat, &self.last_gain(), &[width])?,
+            last_gain: view(flat, &self.last_gain, &[width])?,
             layers,
         })
-    }
-
-    /// Where the gain of the last norm lies: before the experts of a network, at the end of a plain model.
-    fn last_gain(&self) -> Range<usize> {
-        let end = self.network.as_ref().map_or(self.layout.len(), |network| network.experts.start);
-        end - self.config.width..end
     }
 
     /// The buffers that the gradients of the experts at these places are added to, made anew if there are none.
@@ -295,8 +313,8 @@ impl Gpu {
             network.seen.extend(places.iter().filter_map(|place| network.mixed.get(*place)));
         }
         let Some(flat) = &self.gradient else { candle_core::bail!("no gradient") };
-        let layer = |(l, group): (usize, [Range<usize>; 6])| {
-            let [attention_gain, qkv, output, mlp_gain, up, down] = group;
+        let layer = |(l, group): (usize, &[Range<usize>; 6])| {
+            let [attention_gain, qkv, output, mlp_gain, up, down] = group.clone();
             let mlps = match &self.network {
                 None => vec![[spot(flat, up), spot(flat, down)]],
                 Some(network) => {
@@ -318,38 +336,39 @@ impl Gpu {
         };
         Ok(Gradients {
             table: spot(flat, 0..self.config.vocab * self.config.width),
-            layers: self.groups().into_iter().enumerate().map(layer).collect(),
-            last_gain: spot(flat, self.last_gain()),
+            layers: self.groups.iter().enumerate().map(layer).collect(),
+            last_gain: spot(flat, self.last_gain.clone()),
         })
     }
 
     /// The negative log-likelihood of each target, (sequences * time); zero where there is none.
     pub fn losses(&mut self, batch: &Batch) -> Result<Tensor> {
-        let weights = self.weights(&[self.selected()])?;
+        let weights = self.weights(&[self.selected()?])?;
         self.pass.losses(&*self.kernels, &weights, batch)
     }
 
     /// The logits after the last position of each sequence, (sequences, vocab).
     pub fn logits(&mut self, batch: &Batch) -> Result<Vec<f32>> {
-        let weights = self.weights(&[self.selected()])?;
+        let weights = self.weights(&[self.selected()?])?;
         self.pass.logits(&*self.kernels, &weights, batch)?.flatten_all()?.to_vec1()
     }
 
-    /// The place of the selected expert.
-    fn selected(&self) -> usize {
-        self.network.as_ref().map_or(0, |network| network.selected)
+    /// The place of the selected expert; of a plain model, 0.
+    fn selected(&self) -> Result<usize> {
+        let place = self.network.as_ref().map_or(Some(0), |network| network.selected);
+        place.ok_or_else(|| candle_core::Error::msg("no expert is selected"))
     }
 
     /// The losses, and adds the gradient of `scale` times their sum.
     pub fn losses_and_gradient(&mut self, batch: &Batch, scale: f32) -> Result<Tensor> {
-        let place = self.selected();
-        self.losses_and_gradient_at(&[place], &Parts { batch, sequences: &[batch.sequences()] }, scale)
+        let place = self.selected()?;
+        self.losses_and_gradient_at(&[place], &Parts::whole(batch, &[batch.sequences()]), scale)
     }
 
     /// Adds the gradient of `scale` times the sum of the losses, without waiting for it.
     pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<()> {
-        let place = self.selected();
-        self.accumulate_parts(&[place], &Parts { batch, sequences: &[batch.sequences()] }, scale)
+        let place = self.selected()?;
+        self.accumulate_parts(&[place], &Parts::whole(batch, &[batch.sequences()]), scale)
     }
 
     fn losses_and_gradient_at(&mut self, places: &[usize], parts: &Parts<'_>, scale: f32) -> Result<Tensor> {
@@ -360,20 +379,19 @@ impl Gpu {
     /// Adds the gradient of `scale` times the sum of the losses of all batches, each of its expert, without waiting for it. Batches run
     /// through the model together, as many as fit.
     pub fn accumulate_all(&mut self, batches: &[(usize, Batch)], scale: f32) -> Result<()> {
-        let Some(time) = batches.first().map(|(_, batch)| batch.time) else { return Ok(()) };
         let experts: Vec<usize> = batches.iter().map(|(expert, _)| *expert).collect();
         if self.network.as_ref().is_some_and(|network| experts.iter().any(|expert| !network.mixed.contains(expert))) {
             self.prepare_experts(&experts)?;
         }
-        let most = self.micro_batch(time);
-        let (mut together, mut places, mut sequences) = (Batch::new(time), Vec::new(), Vec::new());
+        let (mut together, mut places, mut sequences) = (Batch::new(1), Vec::new(), Vec::new());
         for (expert, batch) in batches {
             let mixed = self.network.as_ref().map_or(&[][..], |network| &network.mixed);
             let place = mixed.iter().position(|mixed| mixed == expert).unwrap_or(0);
+            let most = self.micro_batch(batch.time);
             for part in batch.parts(most) {
-                if together.sequences() + part.sequences() > most {
+                if together.time != part.time || together.sequences() + part.sequences() > most {
                     self.accumulate_parts(&places, &Parts { batch: &together, sequences: &sequences }, scale)?;
-                    (together, places, sequences) = (Batch::new(time), Vec::new(), Vec::new());
+                    (together, places, sequences) = (Batch::new(part.time), Vec::new(), Vec::new());
                 }
                 match sequences.last_mut().filter(|_| places.last() == Some(&place)) {
                     Some(last) => *last += part.sequences(),
@@ -385,10 +403,17 @@ impl Gpu {
                 together.append(part);
             }
         }
-        self.accumulate_parts(&places, &Parts { batch: &together, sequences: &sequences }, scale)
+        self.accumulate_parts(&places, &Parts { batch: &together, sequences: &sequences }, scale)?;
+        match batches.last() {
+            Some((expert, _)) => self.select_expert(*expert),
+            None => Ok(()),
+        }
     }
 
     fn accumulate_parts(&mut self, places: &[usize], parts: &Parts<'_>, scale: f32) -> Result<()> {
+        if parts.sequences.is_empty() {
+            return Ok(());
+        }
         let sum = self.losses_and_gradient_at(places, parts, scale)?.sum_all()?;
         self.losses = Some(match self.losses.take() {
             Some(before) => (before + sum)?,
@@ -416,30 +441,31 @@ impl Gpu {
             }
         }
         network.added.clear();
-        let Projection { experts, expert_size, capacity, frozen } = network.projection;
+        let Projection { experts, expert_size, capacity, frozen } = network.tensors.projection;
         let (k, device) = (&self.kernels, self.parameters.device());
-        let rows = rows_of(&network.mixed, device)?;
-        let vectors = view(&self.parameters, &network.experts, &[experts, expert_size])?.index_select(&rows, 0)?;
+        let Some(vectors) = &network.vectors else { candle_core::bail!("no expert is prepared") };
         let mut vectors_gradient = vectors.zeros_like()?;
         for (l, mlps) in std::mem::take(&mut network.mlp_gradients).into_iter().enumerate() {
-            let (basis, mixing) = &network.layers[l];
+            let Place { basis, mixing, .. } = &network.tensors.layers[l];
             let mlps = mlps.reshape((network.mixed.len(), basis.len() / capacity))?;
             let alpha = &network.alphas[l];
-            k.add_product(turned(alpha), plain(&mlps), &Spot { fresh: !network.chained, ..spot(gradient, basis.clone()) })?;
+            k.add_product(transposed(alpha), as_is(&mlps), &Spot { fresh: !network.chained, ..spot(gradient, basis.clone()) })?;
             if !frozen {
                 let basis = view(&self.parameters, basis, &[capacity, basis.len() / capacity])?;
-                let slopes = k.multiply(plain(&mlps), turned(&basis), DType::F32)?; // (mixed, h)
-                k.add_product(turned(&vectors), plain(&slopes), &spot(gradient, mixing.clone()))?;
+                let slopes = k.multiply(as_is(&mlps), transposed(&basis), DType::F32)?; // (mixed, h)
+                k.add_product(transposed(vectors), as_is(&slopes), &spot(gradient, mixing.clone()))?;
                 let mixing = view(&self.parameters, mixing, &[expert_size, capacity])?;
-                vectors_gradient = (vectors_gradient + k.multiply(plain(&slopes), turned(&mixing), DType::F32)?)?;
+                vectors_gradient = (vectors_gradient + k.multiply(as_is(&slopes), transposed(&mixing), DType::F32)?)?;
             }
         }
         network.chained = true;
         if !frozen {
             // Each row of the gradient goes to that of its expert.
+            let rows = rows_of(&network.mixed, device)?;
             let all = Tensor::zeros((experts, expert_size), DType::F32, device)?.index_add(&rows, &vectors_gradient, 0)?;
-            let sum = (view(gradient, &network.experts, &[experts, expert_size])? + all)?;
-            gradient.slice_set(&sum.flatten_all()?, 0, network.experts.start)?;
+            let place = &network.tensors.experts;
+            let sum = (view(gradient, place, &[experts, expert_size])? + all)?;
+            gradient.slice_set(&sum.flatten_all()?, 0, place.start)?;
         }
         Ok(())
     }
@@ -449,7 +475,8 @@ impl Gpu {
         self.apply_chain_rule()?;
         let (Some(network), Some(gradient)) = (&mut self.network, &self.gradient) else { return Ok(()) };
         if !std::mem::replace(&mut network.chained, true) {
-            network.layers.iter().try_for_each(|(basis, _)| gradient.narrow(0, basis.start, basis.len())?.zero_set())?;
+            let mut layers = network.tensors.layers.iter();
+            layers.try_for_each(|Place { basis, .. }| gradient.narrow(0, basis.start, basis.len())?.zero_set())?;
         }
         Ok(())
     }
@@ -490,16 +517,16 @@ impl Gpu {
             self.kernels.adamw(&at(&self.parameters), &at(gradient), moments, factors, rates.as_deref())?;
         }
         self.casts.clear();
-        let Some(network) = &mut self.network else { return gradient.zero_set() };
         // The gradient of a basis is overwritten.
         for slot in self.layout.slots().iter().filter(|slot| !slot.is_basis()) {
             gradient.narrow(0, slot.range.start, slot.range.len())?.zero_set()?;
         }
-        network.chained = false;
-        network.seen.clear();
-        // The parameters that these were mixed from are gone.
-        network.mixed.clear();
-        network.mlps.clear();
+        if let Some(network) = &mut self.network {
+            network.chained = false;
+            network.seen.clear();
+            // The parameters that these were mixed from are gone.
+            network.forget();
+        }
         Ok(())
     }
 }

@@ -42,12 +42,12 @@ pub(super) struct Factor<'a> {
 }
 
 /// The matrix as it is.
-pub(super) fn plain(tensor: &Tensor) -> Factor<'_> {
+pub(super) fn as_is(tensor: &Tensor) -> Factor<'_> {
     Factor { tensor, transposed: false }
 }
 
 /// The matrix with rows and columns exchanged.
-pub(super) fn turned(tensor: &Tensor) -> Factor<'_> {
+pub(super) fn transposed(tensor: &Tensor) -> Factor<'_> {
     Factor { tensor, transposed: true }
 }
 
@@ -61,7 +61,7 @@ pub(super) fn dims(factor: Factor<'_>) -> Result<(usize, usize, usize)> {
     Ok(if factor.transposed { (batch, columns, rows) } else { (batch, rows, columns) })
 }
 
-/// A part of a buffer that is added to in place.
+/// A part of a flat buffer, which operations change in place.
 #[derive(Debug, Clone)]
 pub(super) struct Spot {
     pub(super) buffer: Tensor, // flat, `f32`
@@ -103,7 +103,7 @@ impl ByToken {
 }
 
 /// The operations, on the device of their tensors. Rows are in `f32` or `bf16`, as the tensors that come in say; sums are `f32`.
-pub(super) trait Kernels: std::fmt::Debug + Send {
+pub(super) trait Kernels: std::fmt::Debug {
     /// The device's memory, in bytes.
     fn memory(&self) -> usize;
 

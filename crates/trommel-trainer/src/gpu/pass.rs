@@ -4,9 +4,10 @@
 //! is stored, one layer's scores at a time in `f32` and each layer's shares as rows.
 
 use candle_core::{DType, Device, Result, Tensor};
+use trommel_kernels::cross_entropy::IGNORED;
 use trommel_kernels::rotary::Table;
 
-use super::ops::{ByToken, Factor, Heads, Kernels, Normed, Spot, plain, turned};
+use super::ops::{ByToken, Factor, Heads, Kernels, Normed, Spot, as_is, transposed};
 use crate::batch::Batch;
 use crate::model::Config;
 
@@ -15,7 +16,7 @@ fn scores(k: &dyn Kernels, q: &Tensor, keys: &Tensor, heads: Heads) -> Result<Te
     let scores = k.room(&[heads.sequences * heads.heads, heads.time, heads.time], DType::F32)?;
     for (first, end) in heads.blocks() {
         let (q, keys) = (q.narrow(1, first, end - first)?, keys.narrow(1, 0, end)?);
-        k.multiply_into(plain(&q), turned(&keys), &scores, first)?;
+        k.multiply_into(as_is(&q), transposed(&keys), &scores, first)?;
     }
     Ok(scores)
 }
@@ -70,7 +71,12 @@ pub(super) struct Parts<'a> {
     pub(super) sequences: &'a [usize],
 }
 
-impl Parts<'_> {
+impl<'a> Parts<'a> {
+    /// One part, whose `sequences` are all of the batch.
+    pub(super) fn whole(batch: &'a Batch, sequences: &'a [usize; 1]) -> Self {
+        Parts { batch, sequences }
+    }
+
     /// The rows of each part: the first one and how many.
     fn rows(&self) -> impl Iterator<Item = (usize, usize)> {
         self.sequences.iter().scan(0, |end, sequences| {
@@ -91,7 +97,7 @@ fn multiply_parts<'a>(
 ) -> Result<Tensor> {
     let out = k.room(&[x.dim(0)?, columns], x.dtype())?;
     for ((first, rows), matrix) in parts.rows().zip(matrices) {
-        k.multiply_into(plain(&x.narrow(0, first, rows)?), matrix, &out, first)?;
+        k.multiply_into(as_is(&x.narrow(0, first, rows)?), matrix, &out, first)?;
     }
     Ok(out)
 }
@@ -138,6 +144,14 @@ impl Pass {
     }
 
     fn input(&self, batch: &Batch) -> Result<Input> {
+        let vocab = self.config.vocab;
+        let known = |token: &u32| (*token as usize) < vocab;
+        if !batch.tokens.iter().all(known) || !batch.targets.iter().all(|target| known(target) || *target == IGNORED) {
+            candle_core::bail!("a token exceeds the vocabulary of {vocab}");
+        }
+        if batch.time > self.config.context {
+            candle_core::bail!("a sequence is longer than the model's context");
+        }
         let heads =
             Heads { sequences: batch.sequences(), time: batch.time, heads: self.config.heads, head: self.config.head() };
         let tensor = |numbers: &[u32]| Tensor::from_slice(numbers, numbers.len(), &self.device);
@@ -167,7 +181,7 @@ impl Pass {
         let mut branch: Option<Tensor> = None;
         for layer in &weights.layers {
             let attention = k.norm(&stream, branch.as_ref(), &layer.attention_gain, config.norm_eps, rows)?;
-            let packed = k.multiply(plain(&attention.rows), turned(&layer.qkv), rows)?;
+            let packed = k.multiply(as_is(&attention.rows), transposed(&layer.qkv), rows)?;
             let qkv = k.split_heads(&packed, heads, &input.turns)?;
             drop(packed);
             let scores = scores(k, &qkv[0], &qkv[1], heads)?;
@@ -176,16 +190,16 @@ impl Pass {
             let attended = k.room(qkv[2].dims(), rows)?;
             for (first, end) in heads.blocks() {
                 let (shares, values) = (shares.narrow(1, first, end - first)?.narrow(2, 0, end)?, qkv[2].narrow(1, 0, end)?);
-                k.multiply_into(plain(&shares), plain(&values), &attended, first)?;
+                k.multiply_into(as_is(&shares), as_is(&values), &attended, first)?;
             }
             let attended = k.swap(&attended, shape)?.reshape((heads.rows(), config.width))?;
-            let out = k.multiply(plain(&attended), turned(&layer.output), rows)?;
+            let out = k.multiply(as_is(&attended), transposed(&layer.output), rows)?;
 
             let mlp = k.norm(&attention.stream, Some(&out), &layer.mlp_gain, config.norm_eps, rows)?;
-            let up = layer.mlps.iter().map(|mlp| turned(&mlp.up));
+            let up = layer.mlps.iter().map(|mlp| transposed(&mlp.up));
             let packed = multiply_parts(k, &mlp.rows, parts, up, config.activation.packed() * config.mlp)?;
             let inner = k.activate(&packed, config.activation)?;
-            let down = layer.mlps.iter().map(|mlp| turned(&mlp.down));
+            let down = layer.mlps.iter().map(|mlp| transposed(&mlp.down));
             branch = Some(multiply_parts(k, &inner, parts, down, config.width)?);
             stream = mlp.stream.clone();
             if keep {
@@ -198,10 +212,10 @@ impl Pass {
     /// The losses of each position, (rows).
     pub(super) fn losses(&self, k: &dyn Kernels, weights: &Weights, batch: &Batch) -> Result<Tensor> {
         let input = self.input(batch)?;
-        let (last, _) = self.forward(k, weights, &Parts { batch, sequences: &[batch.sequences()] }, &input, false)?;
+        let (last, _) = self.forward(k, weights, &Parts::whole(batch, &[batch.sequences()]), &input, false)?;
         let losses = |(first, len): (usize, usize)| {
             let hidden = last.rows.narrow(0, first, len)?;
-            let logits = k.multiply(plain(&hidden), turned(&weights.table_rows), DType::F32)?;
+            let logits = k.multiply(as_is(&hidden), transposed(&weights.table_rows), DType::F32)?;
             Ok(k.cross_entropy(&logits, &input.targets.narrow(0, first, len)?, None, self.rows)?.0)
         };
         Tensor::cat(&self.chunks(input.heads.rows()).map(losses).collect::<Result<Vec<_>>>()?, 0)
@@ -210,10 +224,10 @@ impl Pass {
     /// The logits after the last position of each sequence, (sequences, vocab).
     pub(super) fn logits(&self, k: &dyn Kernels, weights: &Weights, batch: &Batch) -> Result<Tensor> {
         let input = self.input(batch)?;
-        let (last, _) = self.forward(k, weights, &Parts { batch, sequences: &[batch.sequences()] }, &input, false)?;
+        let (last, _) = self.forward(k, weights, &Parts::whole(batch, &[batch.sequences()]), &input, false)?;
         let hidden = last.rows.reshape((batch.sequences(), batch.time, self.config.width))?;
         let hidden = hidden.narrow(1, batch.time - 1, 1)?.squeeze(1)?.contiguous()?;
-        k.multiply(plain(&hidden), turned(&weights.table_rows), DType::F32)
+        k.multiply(as_is(&hidden), transposed(&weights.table_rows), DType::F32)
     }
 
     /// Chunks of rows whose logits fit into the memory for them; whole tiles of them.
@@ -237,12 +251,12 @@ impl Pass {
         let (mut losses, mut hidden_gradient) = (Vec::new(), Vec::new());
         for (first, len) in self.chunks(input.heads.rows()) {
             let hidden = last.rows.narrow(0, first, len)?;
-            let logits = k.multiply(plain(&hidden), turned(&weights.table_rows), DType::F32)?;
+            let logits = k.multiply(as_is(&hidden), transposed(&weights.table_rows), DType::F32)?;
             let (loss, gradient) = k.cross_entropy(&logits, &input.targets.narrow(0, first, len)?, Some(scale), self.rows)?;
             drop(logits);
             let Some(gradient) = gradient else { candle_core::bail!("no gradient of the logits") };
-            hidden_gradient.push(k.multiply(plain(&gradient), plain(&weights.table_rows), self.rows)?);
-            k.add_product(turned(&gradient), plain(&hidden), &gradients.table)?;
+            hidden_gradient.push(k.multiply(as_is(&gradient), as_is(&weights.table_rows), self.rows)?);
+            k.add_product(transposed(&gradient), as_is(&hidden), &gradients.table)?;
             losses.push(loss);
         }
         let hidden_gradient = Tensor::cat(&hidden_gradient, 0)?;
@@ -272,20 +286,20 @@ impl Pass {
         let (heads, config) = (input.heads, &self.config);
         let Kept { attention, qkv: [q, key, v], shares, attended, mlp, packed } = kept;
 
-        let down = layer.mlps.iter().map(|mlp| plain(&mlp.down));
+        let down = layer.mlps.iter().map(|mlp| as_is(&mlp.down));
         let inner_gradient = multiply_parts(k, rows, parts, down, config.mlp)?;
         let (inner, packed_gradient) = k.activate_backward(&packed, &inner_gradient, config.activation)?;
         for ((first, len), [up, down]) in parts.rows().zip(&spots.mlps) {
             let part = |x: &Tensor| x.narrow(0, first, len);
-            k.add_product(turned(&part(rows)?), plain(&part(&inner)?), down)?;
-            k.add_product(turned(&part(&packed_gradient)?), plain(&part(&mlp.rows)?), up)?;
+            k.add_product(transposed(&part(rows)?), as_is(&part(&inner)?), down)?;
+            k.add_product(transposed(&part(&packed_gradient)?), as_is(&part(&mlp.rows)?), up)?;
         }
-        let up = layer.mlps.iter().map(|mlp| plain(&mlp.up));
+        let up = layer.mlps.iter().map(|mlp| as_is(&mlp.up));
         let normed_gradient = multiply_parts(k, &packed_gradient, parts, up, config.width)?;
         let (out, rows) = k.norm_backward(&mlp, &layer.mlp_gain, &normed_gradient, Some(out), &spots.mlp_gain)?;
 
-        k.add_product(turned(&rows), plain(&attended), &spots.output)?;
-        let gradient = k.multiply(plain(&rows), plain(&layer.output), self.rows)?;
+        k.add_product(transposed(&rows), as_is(&attended), &spots.output)?;
+        let gradient = k.multiply(as_is(&rows), as_is(&layer.output), self.rows)?;
         let gradient = k.swap(&gradient, [heads.sequences, heads.time, heads.heads, heads.head])?.reshape(q.dims())?;
         let shares_gradient = scores(k, &gradient, &v, heads)?;
         let scores = k.softmax_backward(&shares, &shares_gradient, &input.starts, heads)?;
@@ -295,15 +309,15 @@ impl Pass {
         for (first, end) in heads.blocks() {
             // The keys that a block of queries sees, and the queries that see a block of keys.
             let (row, seen) = (scores.narrow(1, first, end - first)?.narrow(2, 0, end)?, key.narrow(1, 0, end)?);
-            k.multiply_into(plain(&row), plain(&seen), &q_gradient, first)?;
+            k.multiply_into(as_is(&row), as_is(&seen), &q_gradient, first)?;
             let from = |x: &Tensor| x.narrow(1, first, heads.time - first);
             let column = |x: &Tensor| from(x)?.narrow(2, first, end - first);
-            k.multiply_into(turned(&column(&scores)?), plain(&from(&q)?), &k_gradient, first)?;
-            k.multiply_into(turned(&column(&shares)?), plain(&from(&gradient)?), &v_gradient, first)?;
+            k.multiply_into(transposed(&column(&scores)?), as_is(&from(&q)?), &k_gradient, first)?;
+            k.multiply_into(transposed(&column(&shares)?), as_is(&from(&gradient)?), &v_gradient, first)?;
         }
         let packed = k.join_heads([&q_gradient, &k_gradient, &v_gradient], heads, &input.turns)?;
-        k.add_product(turned(&packed), plain(&attention.rows), &spots.qkv)?;
-        let normed_gradient = k.multiply(plain(&packed), plain(&layer.qkv), self.rows)?;
+        k.add_product(transposed(&packed), as_is(&attention.rows), &spots.qkv)?;
+        let normed_gradient = k.multiply(as_is(&packed), as_is(&layer.qkv), self.rows)?;
         k.norm_backward(&attention, &layer.attention_gain, &normed_gradient, Some(out), &spots.attention_gain)
     }
 }

@@ -1,11 +1,11 @@
-//! The operations in plain Rust: what `kernels.cu` is held against, and what runs the passes in tests on a machine without a GPU.
+//! The operations in plain Rust, which run the passes in tests on a machine without a GPU. Both are held against the tape.
 
 use candle_core::{DType, Device, Result, Tensor};
 use trommel_kernels::adamw::{self, Factors};
 use trommel_kernels::cross_entropy::IGNORED;
 use trommel_kernels::{activation, embedding, norm};
 
-use super::ops::{ByToken, Factor, Heads, Kernels, Normed, QUERIES, Spot, dims, plain};
+use super::ops::{ByToken, Factor, Heads, Kernels, Normed, QUERIES, Spot, as_is, dims};
 use crate::model::Activation;
 
 /// Slow and simple.
@@ -77,7 +77,7 @@ impl Kernels for Twins {
 
     fn multiply_into(&self, a: Factor<'_>, b: Factor<'_>, out: &Tensor, row: usize) -> Result<()> {
         let product = self.multiply(a, b, DType::F32)?;
-        let ((_, m, n), (_, rows, columns)) = (dims(plain(&product))?, dims(plain(out))?);
+        let ((_, m, n), (_, rows, columns)) = (dims(as_is(&product))?, dims(as_is(out))?);
         let (mut numbers, product) = (floats(out)?, floats(&product)?);
         for (out, product) in numbers.chunks_exact_mut(rows * columns).zip(product.chunks_exact(m * n)) {
             for (out, product) in out.chunks_exact_mut(columns).skip(row).zip(product.chunks_exact(n)) {

@@ -138,8 +138,12 @@ fn what_a_teacher_adds_equals_the_tape() {
     for slot in Layout::new(&config).slots() {
         assert_close(&gradient[slot.range.clone()], &expected[slot.range.clone()], 1e-4, &slot.name);
     }
-    // What is measured stays the loss of the targets.
-    assert_eq!(engine.losses(&batch).unwrap(), plain);
+    // What is measured stays the loss of the targets; a GPU's tape, which knows teachers, rounds elsewhere.
+    let measured = engine.losses(&batch).unwrap();
+    if device().is_cpu() {
+        assert_eq!(measured, plain);
+    }
+    assert_close(&measured, &plain, 1e-6, "losses of the targets");
 }
 
 #[test]

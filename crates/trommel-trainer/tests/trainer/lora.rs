@@ -80,7 +80,12 @@ fn the_start_is_the_model_and_merging_is_what_ran() {
     let (start, plain) = (Layout::new(&config).initial(3), Layout::new(&config.plain()).initial(3));
     let batch = batch(2, 9, 4);
     let mut plain_engine = engine(&config.plain(), &plain);
-    assert_eq!(engine(&config, &start).losses(&batch).unwrap(), plain_engine.losses(&batch).unwrap());
+    let (got, expected) = (engine(&config, &start).losses(&batch).unwrap(), plain_engine.losses(&batch).unwrap());
+    // A GPU runs adapters on the tape, which rounds elsewhere.
+    if device().is_cpu() {
+        assert_eq!(got, expected);
+    }
+    assert!(got.iter().zip(&expected).all(|(got, expected)| (got - expected).abs() <= 1e-6 * expected), "{got:?} {expected:?}");
 
     let trained = parameters(&config);
     for expert in 0..2 {
