@@ -142,7 +142,8 @@ impl Engine {
     }
 
     /// Sequences of `time` tokens that are computed at once: as many as fit into 512 MB of activations on a CPU, which is a function
-    /// of the model only, so that the order of sums is the same on every machine, and into a quarter of a GPU's memory.
+    /// of the model only, so that the order of sums is the same on every machine, and into a quarter of what the model leaves of a
+    /// GPU's memory.
     pub fn micro_batch(&self, time: usize) -> usize {
         let config = &self.config;
         let packed = config.activation.packed() * config.mlp;

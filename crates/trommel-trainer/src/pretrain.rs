@@ -153,7 +153,7 @@ pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, i
         // Add up the gradient of the step's mean loss; while a GPU is at it, read what the next step needs.
         let batches = ahead.take().map_or_else(|| data.deal(sequences, plan.context), Ok)?;
         engine.accumulate_all(&batches, 1.0 / tokens_per_step as f32)?;
-        let (position, read) = (data.place(), data.describe());
+        let position = data.place();
         if state.step + 1 < steps {
             ahead = Some(data.deal(sequences, plan.context)?);
         }
@@ -161,7 +161,7 @@ pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, i
         let loss = engine.take_losses()? / tokens_per_step as f64;
         if !loss.is_finite() || !norm.is_finite() {
             let message = format!("the loss of step {} is {loss}, and the gradient's norm {norm}", state.step + 1);
-            let place = format!("{} ({read})", plan.shards.display());
+            let place = format!("{} ({})", plan.shards.display(), data.describe(&position));
             let hint = "lower the learning rate, or look at these rows; the last checkpoint is kept";
             return Err(Error::data(message).file(place).hint(hint));
         }

@@ -91,11 +91,12 @@ impl TrainingData {
         }
     }
 
-    /// Words for the stretch that the last sequences came from, for messages.
-    pub(crate) fn describe(&self) -> String {
-        match self {
-            TrainingData::Shards(dealer) => dealer.source().describe(dealer.position().start),
-            TrainingData::Clusters(mixture) => format!("about sequence {} of the mixture", mixture.position().drawn),
+    /// Words for the stretch before `place`, for messages.
+    pub(crate) fn describe(&self, place: &Place) -> String {
+        match (self, place) {
+            (TrainingData::Shards(dealer), Place::Shards(place)) => dealer.source().describe(place.start),
+            (_, Place::Clusters(place)) => format!("about sequence {} of the mixture", place.drawn),
+            (TrainingData::Clusters(_), Place::Shards(_)) => other_kind().to_string(),
         }
     }
 }

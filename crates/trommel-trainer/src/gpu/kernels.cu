@@ -58,29 +58,21 @@ template <int N> __device__ inline void put(bf16 *to, Pack<N> pack) {
 
 #define EACH for (int i = 0; i < N; i++)
 
-struct Sum {
-    static __device__ float of(float a, float b) { return a + b; }
-};
-struct Largest {
-    static __device__ float of(float a, float b) { return fmaxf(a, b); }
-};
-
-// The sum, or the largest, of the values of a warp, in each of its threads.
-template <typename How> __device__ inline float of_warp(float value) {
-    for (int offset = 16; offset > 0; offset /= 2) value = How::of(value, __shfl_xor_sync(~0u, value, offset));
+// The sum of the values of a warp, in each of its threads.
+__device__ inline float sum_of_warp(float value) {
+    for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
     return value;
 }
 
 // The same of all threads of a block, of at most 32 warps, all of them whole.
-template <typename How> __device__ float of_block(float value, float neutral) {
+__device__ float sum(float value) {
     __shared__ float warps[32];
-    value = of_warp<How>(value);
-    __syncthreads(); // an earlier reduction may still be read
+    value = sum_of_warp(value);
+    __syncthreads(); // an earlier sum may still be read
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
     __syncthreads();
-    return of_warp<How>(threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : neutral);
+    return sum_of_warp(threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : 0.0f);
 }
-__device__ float sum(float value) { return of_block<Sum>(value, 0.0f); }
 
 // The largest of some numbers, and the sum of their exponentials relative to it.
 struct Tower {
@@ -273,7 +265,7 @@ __device__ void softmax_backward(const T *shares, const float *gradient, const u
         Pack<N> p = get<N>(shares + seen.at + j), g = get<N>(gradient + seen.at + j);
         EACH dot += seen.sees(j + i) ? p.x[i] * g.x[i] : 0.0f;
     }
-    dot = of_warp<Sum>(dot);
+    dot = sum_of_warp(dot);
     for (int j = lane * N; j < seen.end; j += 32 * N) {
         Pack<N> pack = {};
         if (j + N > seen.first && j <= seen.query) {

@@ -26,7 +26,7 @@ use self::pass::{Gradients, Layer, LayerGradients, Mlp, Parts, Pass, Weights};
 use crate::batch::Batch;
 use crate::model::{Activation, Config, Projection};
 use crate::parameters::{Layout, Slot, layer_sizes};
-use crate::projected::{Layer as Place, Tensors};
+use crate::projected::{self, Tensors};
 
 /// Numbers of a row whose sums fit into the shared memory of a block.
 const WIDTH_MOST: usize = 12_000;
@@ -228,7 +228,7 @@ impl Gpu {
         network.mixed = experts.iter().copied().collect::<BTreeSet<_>>().into_iter().collect();
         let vectors = view(&self.parameters, &network.tensors.experts, &[most, expert_size])?;
         let vectors = vectors.index_select(&rows_of(&network.mixed, self.parameters.device())?, 0)?;
-        for Place { basis, mixing, .. } in &network.tensors.layers {
+        for projected::Layer { basis, mixing, .. } in &network.tensors.layers {
             let mixing = view(&self.parameters, mixing, &[expert_size, capacity])?;
             let basis = view(&self.parameters, basis, &[capacity, basis.len() / capacity])?;
             let alpha = self.kernels.multiply(as_is(&vectors), as_is(&mixing), DType::F32)?;
@@ -264,7 +264,7 @@ impl Gpu {
             casts.insert(range.start, cast.clone());
             Ok(cast)
         };
-        let mut layer = |(l, [attention_gain, qkv, output, mlp_gain, up, down]): (usize, &[Range<usize>; 6])| {
+        let layer = |(l, [attention_gain, qkv, output, mlp_gain, up, down]): (usize, &[Range<usize>; 6])| {
             let (qkv, output) = (matrix(qkv, [3 * width, width])?, matrix(output, [width, width])?);
             let (up_shape, down_shape) = ([packed, width], [width, config.mlp]);
             let mlps = match &self.network {
@@ -286,7 +286,7 @@ impl Gpu {
                 mlps,
             })
         };
-        let layers = self.groups.iter().enumerate().map(&mut layer).collect::<Result<_>>()?;
+        let layers = self.groups.iter().enumerate().map(layer).collect::<Result<_>>()?;
         let table = 0..config.vocab * width;
         Ok(Weights {
             table: view(flat, &table, &[config.vocab, width])?,
@@ -307,7 +307,6 @@ impl Gpu {
             if network.mlp_gradients.is_empty() {
                 let room = |mlps: &Tensor| self.kernels.room(&[mlps.elem_count()], DType::F32);
                 network.mlp_gradients = network.mlps.iter().map(room).collect::<Result<_>>()?;
-                network.added.clear();
             }
             fresh = places.iter().map(|place| network.added.insert(*place)).collect();
             network.seen.extend(places.iter().filter_map(|place| network.mixed.get(*place)));
@@ -362,13 +361,13 @@ impl Gpu {
     /// The losses, and adds the gradient of `scale` times their sum.
     pub fn losses_and_gradient(&mut self, batch: &Batch, scale: f32) -> Result<Tensor> {
         let place = self.selected()?;
-        self.losses_and_gradient_at(&[place], &Parts::whole(batch, &[batch.sequences()]), scale)
+        self.losses_and_gradient_at(&[place], &Parts::whole(batch), scale)
     }
 
     /// Adds the gradient of `scale` times the sum of the losses, without waiting for it.
     pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<()> {
         let place = self.selected()?;
-        self.accumulate_parts(&[place], &Parts::whole(batch, &[batch.sequences()]), scale)
+        self.accumulate_parts(&[place], &Parts::whole(batch), scale)
     }
 
     fn losses_and_gradient_at(&mut self, places: &[usize], parts: &Parts<'_>, scale: f32) -> Result<Tensor> {
@@ -390,7 +389,7 @@ impl Gpu {
             let most = self.micro_batch(batch.time);
             for part in batch.parts(most) {
                 if together.time != part.time || together.sequences() + part.sequences() > most {
-                    self.accumulate_parts(&places, &Parts { batch: &together, sequences: &sequences }, scale)?;
+                    self.accumulate_parts(&places, &Parts { batch: &together, sequences }, scale)?;
                     (together, places, sequences) = (Batch::new(part.time), Vec::new(), Vec::new());
                 }
                 match sequences.last_mut().filter(|_| places.last() == Some(&place)) {
@@ -403,7 +402,7 @@ impl Gpu {
                 together.append(part);
             }
         }
-        self.accumulate_parts(&places, &Parts { batch: &together, sequences: &sequences }, scale)?;
+        self.accumulate_parts(&places, &Parts { batch: &together, sequences }, scale)?;
         match batches.last() {
             Some((expert, _)) => self.select_expert(*expert),
             None => Ok(()),
@@ -446,7 +445,7 @@ impl Gpu {
         let Some(vectors) = &network.vectors else { candle_core::bail!("no expert is prepared") };
         let mut vectors_gradient = vectors.zeros_like()?;
         for (l, mlps) in std::mem::take(&mut network.mlp_gradients).into_iter().enumerate() {
-            let Place { basis, mixing, .. } = &network.tensors.layers[l];
+            let projected::Layer { basis, mixing, .. } = &network.tensors.layers[l];
             let mlps = mlps.reshape((network.mixed.len(), basis.len() / capacity))?;
             let alpha = &network.alphas[l];
             k.add_product(transposed(alpha), as_is(&mlps), &Spot { fresh: !network.chained, ..spot(gradient, basis.clone()) })?;
@@ -476,7 +475,7 @@ impl Gpu {
         let (Some(network), Some(gradient)) = (&mut self.network, &self.gradient) else { return Ok(()) };
         if !std::mem::replace(&mut network.chained, true) {
             let mut layers = network.tensors.layers.iter();
-            layers.try_for_each(|Place { basis, .. }| gradient.narrow(0, basis.start, basis.len())?.zero_set())?;
+            layers.try_for_each(|projected::Layer { basis, .. }| gradient.narrow(0, basis.start, basis.len())?.zero_set())?;
         }
         Ok(())
     }

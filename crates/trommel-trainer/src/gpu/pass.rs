@@ -68,13 +68,13 @@ pub(super) struct LayerGradients {
 pub(super) struct Parts<'a> {
     pub(super) batch: &'a Batch,
     /// Sequences of each part.
-    pub(super) sequences: &'a [usize],
+    pub(super) sequences: Vec<usize>,
 }
 
 impl<'a> Parts<'a> {
-    /// One part, whose `sequences` are all of the batch.
-    pub(super) fn whole(batch: &'a Batch, sequences: &'a [usize; 1]) -> Self {
-        Parts { batch, sequences }
+    /// One part: all of the batch.
+    pub(super) fn whole(batch: &'a Batch) -> Self {
+        Parts { batch, sequences: vec![batch.sequences()] }
     }
 
     /// The rows of each part: the first one and how many.
@@ -212,7 +212,7 @@ impl Pass {
     /// The losses of each position, (rows).
     pub(super) fn losses(&self, k: &dyn Kernels, weights: &Weights, batch: &Batch) -> Result<Tensor> {
         let input = self.input(batch)?;
-        let (last, _) = self.forward(k, weights, &Parts::whole(batch, &[batch.sequences()]), &input, false)?;
+        let (last, _) = self.forward(k, weights, &Parts::whole(batch), &input, false)?;
         let losses = |(first, len): (usize, usize)| {
             let hidden = last.rows.narrow(0, first, len)?;
             let logits = k.multiply(as_is(&hidden), transposed(&weights.table_rows), DType::F32)?;
@@ -224,7 +224,7 @@ impl Pass {
     /// The logits after the last position of each sequence, (sequences, vocab).
     pub(super) fn logits(&self, k: &dyn Kernels, weights: &Weights, batch: &Batch) -> Result<Tensor> {
         let input = self.input(batch)?;
-        let (last, _) = self.forward(k, weights, &Parts::whole(batch, &[batch.sequences()]), &input, false)?;
+        let (last, _) = self.forward(k, weights, &Parts::whole(batch), &input, false)?;
         let hidden = last.rows.reshape((batch.sequences(), batch.time, self.config.width))?;
         let hidden = hidden.narrow(1, batch.time - 1, 1)?.squeeze(1)?.contiguous()?;
         k.multiply(as_is(&hidden), transposed(&weights.table_rows), DType::F32)
