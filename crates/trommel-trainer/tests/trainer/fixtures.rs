@@ -9,14 +9,52 @@ use arrow::record_batch::RecordBatch;
 use candle_core::Device;
 use parquet::arrow::ArrowWriter;
 use trommel_core::manifest::{Manifest, Shard};
+use trommel_kernels::adamw::Factors;
 use trommel_trainer::batch::Batch;
 use trommel_trainer::model::{Activation, Config};
+use trommel_trainer::parameters::Layout;
 use trommel_trainer::pretrain::{Part, PretrainPlan};
 use trommel_trainer::recipe::Recipe;
 
 /// Where runs are tested: on the CPU unless `TROMMEL_TEST_DEVICE` names a GPU, such as `cuda:0`.
 pub(crate) fn device() -> Device {
     trommel_trainer::device::parse(&std::env::var("TROMMEL_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned())).unwrap()
+}
+
+/// Parameters whose every tensor is away from its start, so that no gradient is zero by symmetry.
+pub(crate) fn off_start(config: &Config) -> Vec<f32> {
+    let start = Layout::new(config).initial(3);
+    start.iter().enumerate().map(|(i, p)| p * 1.5 + 0.05 * ((i * 7919 % 101) as f32 / 50.0 - 1.0)).collect()
+}
+
+/// Asserts that no number is off by more than `tolerance` times the largest one that is expected.
+pub(crate) fn close(got: &[f32], expected: &[f32], tolerance: f32, what: &str) {
+    assert_eq!(got.len(), expected.len());
+    let size = expected.iter().fold(1e-6f32, |a, b| a.max(b.abs()));
+    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+        assert!((got - expected).abs() <= tolerance * size, "{what}, number {i}: {got} for {expected}");
+    }
+}
+
+/// Root of the mean square of what differs, relative to the expected numbers.
+pub(crate) fn noise(got: &[f32], expected: &[f32]) -> f64 {
+    let squares = |numbers: &mut dyn Iterator<Item = f32>| numbers.map(|x| f64::from(x) * f64::from(x)).sum::<f64>();
+    let off = squares(&mut got.iter().zip(expected).map(|(a, b)| a - b));
+    (off / squares(&mut expected.iter().copied())).sqrt()
+}
+
+/// What `Engine::step` hands on in step `step`, from 0, at a rate of 0.001.
+pub(crate) fn factors(recipe: &Recipe, step: i32, norm: f64) -> Factors {
+    Factors {
+        learning_rate: 1e-3,
+        decay: recipe.decay as f32,
+        beta1: recipe.beta1 as f32,
+        beta2: recipe.beta2 as f32,
+        epsilon: recipe.epsilon as f32,
+        correction1: (1.0 - recipe.beta1.powi(step + 1)) as f32,
+        correction2: (1.0 - recipe.beta2.powi(step + 1)) as f32,
+        gradient_scale: (recipe.clip / norm).min(1.0) as f32,
+    }
 }
 
 /// Words of the toy language; word 0 is the end of text.

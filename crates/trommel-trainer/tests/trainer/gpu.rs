@@ -1,14 +1,14 @@
 //! The passes of a GPU against the tape: on its kernels where there is a GPU, and always on their twins in plain Rust.
 
 use candle_core::Device;
-use trommel_kernels::adamw::Factors;
 use trommel_kernels::panels::Precision;
 use trommel_trainer::gpu::Gpu;
 use trommel_trainer::model::{Activation, Config, Projection};
 use trommel_trainer::parameters::Layout;
+use trommel_trainer::recipe::Recipe;
 use trommel_trainer::tape::Tape;
 
-use crate::fixtures::{batch, device, tiny};
+use crate::fixtures::{batch, close, device, factors, noise, off_start, tiny};
 
 /// The CPU, where the twins run, and the GPU that is tested if there is one.
 fn devices() -> Vec<Device> {
@@ -30,24 +30,10 @@ fn shapes() -> Vec<Config> {
     shapes
 }
 
-/// Every tensor away from its start, so that no gradient is zero by symmetry.
-fn parameters(config: &Config) -> Vec<f32> {
-    let start = Layout::new(config).initial(3);
-    start.iter().enumerate().map(|(i, p)| p * 1.5 + 0.05 * ((i * 7919 % 101) as f32 / 50.0 - 1.0)).collect()
-}
-
-fn close(got: &[f32], expected: &[f32], tolerance: f32, what: &str) {
-    assert_eq!(got.len(), expected.len());
-    let size = expected.iter().fold(1e-6f32, |a, b| a.max(b.abs()));
-    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
-        assert!((got - expected).abs() <= tolerance * size, "{what}, number {i}: {got} for {expected}");
-    }
-}
-
 #[test]
 fn losses_logits_and_gradients_equal_the_tape() {
     for (device, config) in devices().iter().flat_map(|device| shapes().into_iter().map(move |config| (device, config))) {
-        let start = parameters(&config);
+        let start = off_start(&config);
         let mut gpu = Gpu::new(&config, &start, device, Precision::F32).unwrap();
         let mut tape = Tape::new(&config, &start, &Device::Cpu, Precision::F32).unwrap();
         gpu.prepare_experts(&[2, 1]).unwrap();
@@ -77,7 +63,7 @@ fn losses_logits_and_gradients_equal_the_tape() {
 #[test]
 fn the_experts_of_a_step_run_together() {
     for (device, config) in devices().iter().flat_map(|device| shapes().into_iter().map(move |config| (device, config))) {
-        let start = parameters(&config);
+        let start = off_start(&config);
         let mut gpu = Gpu::new(&config, &start, device, Precision::F32).unwrap();
         let mut tape = Tape::new(&config, &start, &Device::Cpu, Precision::F32).unwrap();
         let batches: Vec<_> = [(2, 2), (0, 1), (2, 3)].map(|(expert, sequences)| (expert, batch(sequences, 11, expert))).into();
@@ -99,7 +85,8 @@ fn the_experts_of_a_step_run_together() {
 #[test]
 fn steps_equal_the_tape() {
     for (device, config) in devices().iter().flat_map(|device| shapes().into_iter().map(move |config| (device, config))) {
-        let start = parameters(&config);
+        let recipe = Recipe { clip: 0.5, ..Recipe::pretraining(&config, 1000) };
+        let start = off_start(&config);
         let mut gpu = Gpu::new(&config, &start, device, Precision::F32).unwrap();
         let mut tape = Tape::new(&config, &start, &Device::Cpu, Precision::F32).unwrap();
         for step in 0..3 {
@@ -111,17 +98,7 @@ fn steps_equal_the_tape() {
                 tape.select_expert(expert);
                 tape.losses_and_gradient(&batch, 0.1).unwrap();
             }
-            let power = step as i32 + 1;
-            let factors = Factors {
-                learning_rate: 1e-3,
-                decay: 0.1,
-                beta1: 0.9,
-                beta2: 0.95,
-                epsilon: 1e-8,
-                correction1: 1.0 - 0.9f32.powi(power),
-                correction2: 1.0 - 0.95f32.powi(power),
-                gradient_scale: (0.5 / tape.gradient_norm().unwrap()).min(1.0) as f32,
-            };
+            let factors = factors(&recipe, step as i32, tape.gradient_norm().unwrap());
             gpu.step(factors).unwrap();
             tape.step(factors).unwrap();
             tape.clear_gradient();
@@ -138,17 +115,10 @@ fn steps_equal_the_tape() {
     }
 }
 
-/// Root of the mean square of what differs, relative to the expected numbers.
-fn noise(got: &[f32], expected: &[f32]) -> f64 {
-    let squares = |numbers: &mut dyn Iterator<Item = f32>| numbers.map(|x| f64::from(x) * f64::from(x)).sum::<f64>();
-    let off = squares(&mut got.iter().zip(expected).map(|(a, b)| a - b));
-    (off / squares(&mut expected.iter().copied())).sqrt()
-}
-
 #[test]
 fn rows_in_bf16_add_about_the_noise_of_the_tape() {
     for (device, config) in devices().iter().flat_map(|device| shapes().into_iter().map(move |config| (device, config))) {
-        let (start, batch) = (parameters(&config), batch(3, 29, 2));
+        let (start, batch) = (off_start(&config), batch(3, 29, 2));
         let gpu = |precision| {
             let mut gpu = Gpu::new(&config, &start, device, precision).unwrap();
             gpu.select_expert(1).unwrap();

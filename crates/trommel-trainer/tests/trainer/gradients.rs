@@ -8,7 +8,7 @@ use trommel_trainer::parameters::Layout;
 use trommel_trainer::recipe::Recipe;
 use trommel_trainer::tape::Tape;
 
-use crate::fixtures::{batch, device, tiny};
+use crate::fixtures::{batch, close, device, factors, noise, tiny};
 
 /// Weights large enough that every part of the model matters.
 fn parameters(config: &Config) -> Vec<f32> {
@@ -17,14 +17,6 @@ fn parameters(config: &Config) -> Vec<f32> {
 
 fn engine(config: &Config) -> Engine {
     Engine::new(config, parameters(config), &device(), Precision::F32).unwrap()
-}
-
-fn assert_close(got: &[f32], expected: &[f32], tolerance: f32, what: &str) {
-    assert_eq!(got.len(), expected.len());
-    let size = expected.iter().fold(1e-6f32, |a, b| a.max(b.abs()));
-    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
-        assert!((got - expected).abs() <= tolerance * size, "{what}, number {i}: {got} for {expected}");
-    }
 }
 
 #[test]
@@ -36,8 +28,8 @@ fn losses_logits_and_gradients_equal_the_tape() {
         for (sequences, time) in [(1, 1), (3, 7), (2, 32)] {
             let batch = batch(sequences, time, 2);
             let losses = tape.losses_and_gradient(&batch, 0.1).unwrap().to_vec1::<f32>().unwrap();
-            assert_close(&engine.losses(&batch).unwrap(), &losses, 1e-5, "losses");
-            assert_close(&engine.logits(&batch).unwrap(), &tape.logits(&batch).unwrap(), 1e-5, "logits");
+            close(&engine.losses(&batch).unwrap(), &losses, 1e-5, "losses");
+            close(&engine.logits(&batch).unwrap(), &tape.logits(&batch).unwrap(), 1e-5, "logits");
             engine.accumulate(&batch, 0.1).unwrap();
             let sum = engine.take_losses().unwrap();
             let expected: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
@@ -46,17 +38,10 @@ fn losses_logits_and_gradients_equal_the_tape() {
         // Both have added up three batches by now.
         let (gradient, expected) = (engine.gradient().unwrap(), tape.gradient().unwrap());
         for slot in Layout::new(&config).slots() {
-            assert_close(&gradient[slot.range.clone()], &expected[slot.range.clone()], 1e-4, &slot.name);
+            close(&gradient[slot.range.clone()], &expected[slot.range.clone()], 1e-4, &slot.name);
         }
         assert!((engine.gradient_norm().unwrap() / tape.gradient_norm().unwrap() - 1.0).abs() < 1e-5);
     }
-}
-
-/// Root of the mean square of what differs, relative to the expected numbers.
-fn noise(got: &[f32], expected: &[f32]) -> f64 {
-    let squares = |numbers: &mut dyn Iterator<Item = f32>| numbers.map(|x| f64::from(x) * f64::from(x)).sum::<f64>();
-    let off = squares(&mut got.iter().zip(expected).map(|(a, b)| a - b));
-    (off / squares(&mut expected.iter().copied())).sqrt()
 }
 
 #[test]
@@ -94,18 +79,8 @@ fn steps_equal_the_tape() {
         engine.step(&recipe, step as u64, 1e-3, norm).unwrap();
 
         tape.losses_and_gradient(&batch, 0.1).unwrap();
-        let power = step as i32 + 1;
-        tape.step(trommel_kernels::adamw::Factors {
-            learning_rate: 1e-3,
-            decay: recipe.decay as f32,
-            beta1: recipe.beta1 as f32,
-            beta2: recipe.beta2 as f32,
-            epsilon: recipe.epsilon as f32,
-            correction1: (1.0 - recipe.beta1.powi(power)) as f32,
-            correction2: (1.0 - recipe.beta2.powi(power)) as f32,
-            gradient_scale: (recipe.clip / tape.gradient_norm().unwrap()).min(1.0) as f32,
-        })
-        .unwrap();
+        let norm = tape.gradient_norm().unwrap();
+        tape.step(factors(&recipe, step as i32, norm)).unwrap();
         tape.clear_gradient();
         on_tape = tape.parameters().unwrap();
     }
@@ -136,14 +111,14 @@ fn what_a_teacher_adds_equals_the_tape() {
     assert!((expected / plain.iter().map(|loss| f64::from(*loss)).sum::<f64>() - 1.0).abs() > 0.05);
     let (gradient, expected) = (engine.gradient().unwrap(), tape.gradient().unwrap());
     for slot in Layout::new(&config).slots() {
-        assert_close(&gradient[slot.range.clone()], &expected[slot.range.clone()], 1e-4, &slot.name);
+        close(&gradient[slot.range.clone()], &expected[slot.range.clone()], 1e-4, &slot.name);
     }
     // What is measured stays the loss of the targets; a GPU's tape, which knows teachers, rounds elsewhere.
     let measured = engine.losses(&batch).unwrap();
     if device().is_cpu() {
         assert_eq!(measured, plain);
     }
-    assert_close(&measured, &plain, 1e-6, "losses of the targets");
+    close(&measured, &plain, 1e-6, "losses of the targets");
 }
 
 #[test]

@@ -14,7 +14,7 @@ use trommel_trainer::projected::project;
 use trommel_trainer::recipe::Recipe;
 use trommel_trainer::tape::Tape;
 
-use crate::fixtures::{CONTEXT, batch, device, plan, tiny, write_cluster_shards, write_shards};
+use crate::fixtures::{CONTEXT, batch, device, off_start, plan, tiny, write_cluster_shards, write_shards};
 use crate::specialise::finetune_plan;
 
 fn adapters(experts: usize, frozen: bool) -> Adapters {
@@ -30,19 +30,13 @@ fn engine(config: &Config, parameters: &[f32]) -> Engine {
     Engine::new(config, parameters.to_vec(), &device(), Precision::F32).unwrap()
 }
 
-/// Every tensor away from its start, so that no gradient is zero by symmetry.
-fn parameters(config: &Config) -> Vec<f32> {
-    let start = Layout::new(config).initial(3);
-    start.iter().enumerate().map(|(i, p)| p * 1.5 + 0.05 * ((i * 7919 % 101) as f32 / 50.0 - 1.0)).collect()
-}
-
 #[test]
 fn losses_gradients_and_steps_equal_the_tape() {
     for (activation, frozen) in [(Activation::SwiGlu, true), (Activation::SwiGlu, false), (Activation::Gelu, false)] {
         let config = adapted(activation, adapters(2, frozen));
         let layout = Layout::new(&config);
         assert_eq!(layout.len(), config.parameters());
-        let start = parameters(&config);
+        let start = off_start(&config);
         let mut engine = engine(&config, &start);
         let mut tape = Tape::new(&config, &start, &Device::Cpu, Precision::F32).unwrap();
         // Expert 1 comes twice.
@@ -87,7 +81,7 @@ fn the_start_is_the_model_and_merging_is_what_ran() {
     }
     assert!(got.iter().zip(&expected).all(|(got, expected)| (got - expected).abs() <= 1e-6 * expected), "{got:?} {expected:?}");
 
-    let trained = parameters(&config);
+    let trained = off_start(&config);
     for expert in 0..2 {
         let mut network = engine(&config, &trained);
         network.select_expert(expert).unwrap();

@@ -15,7 +15,7 @@ use trommel_trainer::projected::project;
 use trommel_trainer::recipe::{Recipe, Schedule};
 use trommel_trainer::tape::Tape;
 
-use crate::fixtures::{CONTEXT, VOCAB, batch, device, plan, tiny, write_cluster_shards};
+use crate::fixtures::{CONTEXT, VOCAB, batch, close, device, factors, off_start, plan, tiny, write_cluster_shards};
 
 fn network(activation: Activation, projection: Projection) -> Config {
     Config { projection: Some(projection), ..tiny(activation) }
@@ -25,20 +25,6 @@ fn engine(config: &Config, parameters: Vec<f32>) -> Engine {
     Engine::new(config, parameters, &device(), Precision::F32).unwrap()
 }
 
-/// Every tensor away from its start, so that no gradient is zero by symmetry.
-fn parameters(config: &Config) -> Vec<f32> {
-    let start = Layout::new(config).initial(3);
-    start.iter().enumerate().map(|(i, p)| p * 1.5 + 0.05 * ((i * 7919 % 101) as f32 / 50.0 - 1.0)).collect()
-}
-
-fn close(got: &[f32], expected: &[f32], tolerance: f32, what: &str) {
-    assert_eq!(got.len(), expected.len());
-    let size = expected.iter().fold(1e-6f32, |a, b| a.max(b.abs()));
-    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
-        assert!((got - expected).abs() <= tolerance * size, "{what}, number {i}: {got} for {expected}");
-    }
-}
-
 /// `k = 3, m = 2, h = 4`: no size equals another.
 const ODD: Projection = Projection { experts: 3, expert_size: 2, capacity: 4, frozen: false };
 
@@ -46,7 +32,7 @@ const ODD: Projection = Projection { experts: 3, expert_size: 2, capacity: 4, fr
 fn losses_and_gradients_equal_the_tape_that_mixes_for_each_batch() {
     for activation in [Activation::SwiGlu, Activation::Gelu] {
         let config = network(activation, ODD);
-        let start = parameters(&config);
+        let start = off_start(&config);
         let mut engine = engine(&config, start.clone());
         let mut tape = Tape::new(&config, &start, &Device::Cpu, Precision::F32).unwrap();
         // Expert 2 comes twice, expert 1 never, though it was announced.
@@ -72,7 +58,7 @@ fn losses_and_gradients_equal_the_tape_that_mixes_for_each_batch() {
 #[test]
 fn gradients_equal_finite_differences() {
     let config = network(Activation::SwiGlu, ODD);
-    let start = parameters(&config);
+    let start = off_start(&config);
     let batches = [(1, batch(1, 9, 4)), (2, batch(2, 6, 1))];
     let mut tuned = engine(&config, start.clone());
     for (expert, batch) in &batches {
@@ -103,7 +89,7 @@ fn steps_equal_the_tape() {
     for projection in [ODD, Projection::hard_mixture(3)] {
         let config = network(Activation::SwiGlu, projection);
         let recipe = Recipe { clip: 0.5, ..Recipe::pretraining(&config, 1000) };
-        let start = parameters(&config);
+        let start = off_start(&config);
         let mut engine = engine(&config, start.clone());
         let mut tape = Tape::new(&config, &start, &Device::Cpu, Precision::F32).unwrap();
         for step in 0..3u64 {
@@ -116,18 +102,7 @@ fn steps_equal_the_tape() {
             }
             let norm = engine.gradient_norm().unwrap();
             engine.step(&recipe, step, 1e-3, norm).unwrap();
-            let power = step as i32 + 1;
-            tape.step(trommel_kernels::adamw::Factors {
-                learning_rate: 1e-3,
-                decay: recipe.decay as f32,
-                beta1: recipe.beta1 as f32,
-                beta2: recipe.beta2 as f32,
-                epsilon: recipe.epsilon as f32,
-                correction1: (1.0 - recipe.beta1.powi(power)) as f32,
-                correction2: (1.0 - recipe.beta2.powi(power)) as f32,
-                gradient_scale: (recipe.clip / norm).min(1.0) as f32,
-            })
-            .unwrap();
+            tape.step(factors(&recipe, step as i32, norm)).unwrap();
             tape.clear_gradient();
         }
         let (got, expected) = (engine.parameters().unwrap(), tape.parameters().unwrap());
