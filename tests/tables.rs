@@ -106,6 +106,45 @@ fn sql_prints_tables_csv_json_and_parquet_and_names_mistakes() {
 }
 
 #[test]
+fn a_run_learns_its_table_once() {
+    let bench = Bench::new();
+    let run = |more: &[&str]| {
+        bench.call(&[&["run", "p.yaml", "--until", "weigh", "--set", "embed.model=learnt", "--json"], more].concat())
+    };
+    let tables = || -> Vec<_> {
+        let folder = std::fs::read_dir(bench.path("runs/small/embed")).unwrap().map(|entry| entry.unwrap().path());
+        folder.filter(|path| path.is_dir()).collect()
+    };
+    let first = run(&[]);
+    let weights = first.json()["checksums"]["weights"].clone();
+    assert!(first.stderr.contains("learnt an embedding table from"), "{}", first.stderr);
+    let table = tables();
+    assert_eq!(table.len(), 1);
+    // The 44 words of the corpus fill no 240 dimensions.
+    assert!(bench.query("SELECT max(cardinality(embedding)) AS n FROM embeddings")[0]["n"].as_u64().unwrap() < 60);
+    let again = run(&[]);
+    assert!(!again.stderr.contains("learnt an embedding table"), "{}", again.stderr);
+    // A run that was stopped after the table, or while it was written, ends with the same weights; a new domain needs no new table.
+    std::fs::remove_dir_all(bench.path("runs/small/assign")).unwrap();
+    for entry in std::fs::read_dir(bench.path("runs/small/embed")).unwrap().map(|entry| entry.unwrap().path()) {
+        if entry.is_file() {
+            std::fs::remove_file(entry).unwrap();
+        }
+    }
+    let resumed = run(&[]);
+    assert!(resumed.json()["checksums"]["weights"] == weights && !resumed.stderr.contains("learnt an embedding table"));
+    std::fs::remove_file(table[0].join("static_table.safetensors")).unwrap();
+    let domain = run(&["--set", "domains.other={train: music/test.jsonl}"]);
+    assert!(domain.code == 0 && domain.stderr.contains("learnt an embedding table"), "{}", domain.stderr);
+    assert_eq!(tables(), table);
+    // However the corpus is split and on however many threads.
+    std::fs::remove_dir_all(bench.path("corpus")).unwrap();
+    bench.write_lines("corpus/b.jsonl", &corpus()[..100]);
+    bench.write_lines("corpus/a.jsonl", &corpus()[100..]);
+    assert_eq!(run(&["--threads", "1"]).json()["checksums"]["weights"], weights);
+}
+
+#[test]
 fn a_table_learnt_from_the_corpus_embeds_it() {
     let bench = Bench::new();
     let fit = |out: &str| bench.call(&["fit-embedder", "corpus", out, "--dimensions", "16", "--window-bytes", "400"]);
@@ -126,9 +165,10 @@ fn a_table_learnt_from_the_corpus_embeds_it() {
     let longest = &bench.query("SELECT max(cardinality(embedding)) AS n FROM embeddings")[0];
     assert_eq!(longest["n"], 16);
 
-    let many = bench.call(&["fit-embedder", "corpus", "large", "--dimensions", "4000"]);
-    assert_eq!(many.code, 2);
-    assert!(many.stderr.contains("cannot fill 4000 dimensions") && !bench.path("large").exists(), "{}", many.stderr);
+    bench.write_lines("blank/none.jsonl", &[]);
+    let blank = bench.call(&["fit-embedder", "blank", "large"]);
+    assert_eq!(blank.code, 1);
+    assert!(blank.stderr.contains("no text") && !bench.path("large").exists(), "{}", blank.stderr);
     let nothing = bench.call(&["fit-embedder", "nowhere", "large"]);
     assert_eq!(nothing.code, 2, "{}", nothing.stderr);
 }

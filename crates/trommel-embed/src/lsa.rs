@@ -32,7 +32,7 @@ const PASSES: usize = 3;
 const NEGLIGIBLE: f64 = 1e-12;
 
 /// What was learnt.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Fitted {
     /// Windows that it was learnt from.
     pub windows: usize,
@@ -46,8 +46,8 @@ pub struct Fitted {
     pub bytes: u64,
 }
 
-/// Writes to `output` a folder that [`crate::load::load`] reads as a static table of `dimensions` (at least 1), learnt from
-/// `windows`. It has the tokens of the table that the binary carries. Equal inputs on equal processors give equal bytes.
+/// Writes to `output` a folder that [`crate::load::load`] reads as a static table, learnt from `windows`, of `dimensions` or as many
+/// as they fill: no more than windows, and than different tokens in them. It has the tokens of the table that the binary carries. Equal inputs on equal processors give equal bytes.
 pub fn fit(windows: &[String], output: &Path, dimensions: usize, seed: u64) -> Result<Fitted> {
     if output.join("config.json").exists() {
         return Err(Error::config("the output folder holds another model").file(output.display()).hint("name a new folder"));
@@ -55,9 +55,11 @@ pub fn fit(windows: &[String], output: &Path, dimensions: usize, seed: u64) -> R
     let tokens = TextTokens::of(parse_tokenizer(EMBEDDED_TOKENIZER)?);
     let matrix = Matrix::count(windows, &tokens)?;
     let known = matrix.idf.iter().filter(|idf| **idf > 0.0).count();
-    if dimensions == 0 || dimensions > known.min(windows.len()) {
-        let message = format!("{} windows with {known} different tokens cannot fill {dimensions} dimensions", windows.len());
-        return Err(Error::config(message).hint("give more text, or ask for fewer `--dimensions`"));
+    let dimensions = dimensions.min(known).min(windows.len());
+    if dimensions == 0 {
+        return Err(
+            Error::data("there is no text to learn an embedding table from").hint("check the paths and the text column")
+        );
     }
     let (directions, values) = matrix.singular_vectors(dimensions, seed)?;
     let mut vectors = directions; // (tokens, dimensions)
@@ -198,16 +200,18 @@ mod tests {
     }
 
     #[test]
-    fn equal_texts_give_equal_bytes_and_too_little_text_is_an_error() {
+    fn equal_texts_give_equal_bytes_and_little_text_fewer_dimensions() {
         let folders = [(); 2].map(|()| tempfile::tempdir().unwrap());
         let bytes = folders.each_ref().map(|folder| {
             fit(&texts(), folder.path(), 3, 17).unwrap();
             std::fs::read(folder.path().join(STATIC_TABLE)).unwrap()
         });
         assert!(bytes[0] == bytes[1]);
-        let few = fit(&texts()[..5], folders[0].path(), 6, 17).unwrap_err().to_string();
-        assert!(few.contains("5 windows") && few.contains("6 dimensions"), "{few}");
-        assert!(fit(&[], folders[0].path(), 1, 17).is_err());
+        assert_eq!(fit(&texts()[..5], folders[0].path(), 6, 17).unwrap().dimensions, 5);
+        assert_eq!(StaticTable::read(folders[0].path()).unwrap().dimensions(), 5);
+        for nothing in [vec![], vec![" ".to_owned()]] {
+            assert!(fit(&nothing, folders[1].path(), 1, 17).unwrap_err().to_string().contains("no text"));
+        }
     }
 
     // Reference, by hand: [[3, 0], [0, 2], [0, 0]] has the singular values 3 and 2 along the axes.

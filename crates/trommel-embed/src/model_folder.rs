@@ -14,7 +14,7 @@ use trommel_core::error::{Error, Result};
 use trommel_core::key::Key;
 
 /// What a user can do about a folder that is no model.
-pub(crate) const MODEL_HINT: &str = "name `static`, a folder that `trommel fit-embedder` or `trommel \
+pub(crate) const MODEL_HINT: &str = "name `static`, `learnt`, a folder that `trommel fit-embedder` or `trommel \
      distill-embedder` has written, or a sentence-transformers folder with `config.json`, `model.safetensors`, \
      `tokenizer.json`, `modules.json` and `1_Pooling/config.json`";
 

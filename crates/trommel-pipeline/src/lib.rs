@@ -11,8 +11,8 @@ pub mod outputs;
 pub mod source;
 /// Documents are cut into windows.
 pub mod window;
-/// Windows of a corpus for what is learnt from text alone.
-pub mod sample;
+/// An embedding table that is learnt from the corpus.
+pub mod table;
 /// Windows become vectors.
 pub mod embed;
 /// Vectors become clusters.

@@ -5,8 +5,8 @@
 //! of exactly the files that depend on it:
 //!
 //! ```text
-//!   source file -> windows, embed, sample --+-> cluster -> assign -> histogram -> weigh -> resample -> shard
-//!                                           +-> tokenizer -----------------------------------^
+//!   source file -> windows, (table,) embed, sample --+-> cluster -> assign -> histogram -> weigh -> resample -> shard
+//!                                                    +-> tokenizer -----------------------------------^
 //! ```
 //!
 //! `Dsir` has the names of what only the method `dsir` makes.
@@ -28,6 +28,7 @@ use crate::source::SourceFile;
 /// The code version of each stage. Raise one when its stage's output changes for equal input.
 mod version {
     pub(super) const WINDOWS: &str = "windows 1";
+    pub(super) const TABLE: &str = "table 1";
     pub(super) const EMBED: &str = "embed 1";
     pub(super) const CLUSTER: &str = "cluster 3";
     pub(super) const ASSIGN: &str = "assign 2";
@@ -69,6 +70,8 @@ pub struct Unit {
 pub struct Outputs {
     /// Corpus files, then the files of each domain's train set.
     pub units: Vec<Unit>,
+    /// The folder of the embedding table, if it is to be learnt from the corpus.
+    pub table: PathBuf,
     /// The tree of clusters.
     pub clusters: PathBuf,
     /// Size, mean distance and typical terms of each cluster.
@@ -120,34 +123,33 @@ pub struct DsirUnit {
     pub scores: Option<PathBuf>,
 }
 
-/// An input file and the keys of what is made of it alone.
+/// An input file and the key of its windows.
 struct Input<'a> {
     source: &'a Source,
     path: &'a Path,
     bytes: u64,
     windows: Key,
-    embed: Key,
 }
 
 impl Outputs {
-    /// Names every output. Reads no more of the sources than their ends.
-    pub fn of(plan: &Plan, embedder: Key) -> Result<Outputs> {
+    /// Names every output. `embedder` is the key of the embedding model, or `None` if the run learns it from the corpus. Reads no
+    /// more of the sources than their ends.
+    pub fn of(plan: &Plan, embedder: Option<Key>) -> Result<Outputs> {
         let spec = &plan.spec;
         let seed = spec.seed.to_le_bytes();
-        let inputs = inputs(plan, embedder)?;
-        let keys = |corpus_only: bool| {
-            let mut keys: Vec<Key> =
-                inputs.iter().filter(|i| !corpus_only || i.source.name == CORPUS).map(|i| i.embed).collect();
-            keys.sort();
-            keys.iter().flat_map(|k| k.0.to_le_bytes()).collect::<Vec<u8>>()
-        };
+        let inputs = inputs(plan)?;
+        let table = Key::of([version::TABLE.as_bytes(), &joined(corpus(&inputs).map(|i| i.windows)), &seed]);
+        let embedder = embedder.unwrap_or(table);
+        let embed =
+            |input: &Input| Key::of([version::EMBED.as_bytes(), &input.windows.0.to_le_bytes(), &embedder.0.to_le_bytes()]);
+        let of_corpus = joined(corpus(&inputs).map(embed));
         let after =
             |version: &str, before: Key, settings: &[u8]| Key::of([version.as_bytes(), &before.0.to_le_bytes(), settings]);
 
         let cluster_settings =
             (spec.cluster.levels(), spec.cluster.balance(), spec.cluster.sample(), spec.cluster.iterations());
-        let cluster = Key::of([version::CLUSTER.as_bytes(), &keys(true), &json(&cluster_settings)?, &seed]);
-        let histogram = after(version::HISTOGRAM, cluster, &keys(false));
+        let cluster = Key::of([version::CLUSTER.as_bytes(), &of_corpus, &json(&cluster_settings)?, &seed]);
+        let histogram = after(version::HISTOGRAM, cluster, &joined(inputs.iter().map(embed)));
         let mixtures = mixtures(plan)?;
         let mixed = if mixtures.is_empty() { histogram } else { after(version::MIXTURE, histogram, &mixtures) };
         let weigh = after(version::WEIGH, mixed, &json(&spec.weigh)?);
@@ -155,7 +157,7 @@ impl Outputs {
             Some(path) => {
                 Key::of_bytes(&std::fs::read(path).map_err(|e| Error::config("cannot read it").file(path.display()).source(e))?)
             }
-            None => Key::of([version::TOKENIZER.as_bytes(), &keys(true), &spec.shard.tokenizer.vocab().to_le_bytes(), &seed]),
+            None => Key::of([version::TOKENIZER.as_bytes(), &of_corpus, &spec.shard.tokenizer.vocab().to_le_bytes(), &seed]),
         };
         let (streams, drawn) = (streams(plan), drawn(plan));
         let resample_settings = json(&(&spec.resample, &streams, spec.seed, tokenizer.to_string()))?;
@@ -181,21 +183,23 @@ impl Outputs {
         let units = inputs.iter().map(|input| {
             let name = &input.source.name;
             let is_corpus = name == CORPUS;
-            let assign = after(version::ASSIGN, input.embed, &cluster.0.to_le_bytes());
+            let embed = embed(input);
+            let assign = after(version::ASSIGN, embed, &cluster.0.to_le_bytes());
             Unit {
                 source: name.clone(),
                 file: SourceFile { path: input.path.to_owned(), text: input.source.text.clone(), id: input.source.id.clone() },
                 bytes: input.bytes,
                 rejects: path("windows", &format!("{name}-rejects"), input.windows),
                 windows: path("windows", name, input.windows),
-                sample: is_corpus.then(|| path("embed", "sample", after("sample", input.embed, &seed))),
-                embeddings: path("embed", name, input.embed),
+                sample: is_corpus.then(|| path("embed", "sample", after("sample", embed, &seed))),
+                embeddings: path("embed", name, embed),
                 assignments: path("assign", name, assign),
                 draws: is_corpus.then(|| path("resample", "draws", after("draws", assign, &draws.0.to_le_bytes()))),
             }
         });
         let mut outputs = Outputs {
             units: units.collect(),
+            table: plan.run_dir.join("embed").join(format!("table-{}", table.short())),
             clusters: path("cluster", "clusters", cluster),
             cluster_statistics: path("histogram", "clusters", histogram),
             histograms: path("histogram", "histograms", histogram),
@@ -295,7 +299,7 @@ pub fn streams(plan: &Plan) -> Vec<String> {
     plan.spec.domains.keys().cloned().chain(generic.then(|| CORPUS.to_owned())).collect()
 }
 
-fn inputs(plan: &Plan, embedder: Key) -> Result<Vec<Input<'_>>> {
+fn inputs(plan: &Plan) -> Result<Vec<Input<'_>>> {
     let mut inputs = Vec::new();
     for source in std::iter::once(&plan.corpus).chain(plan.domains.iter().map(|d| &d.train)) {
         for path in &source.files {
@@ -303,12 +307,21 @@ fn inputs(plan: &Plan, embedder: Key) -> Result<Vec<Input<'_>>> {
             let settings = json(&(&source.name, &source.text, &source.id, &plan.spec.windows))?;
             let parts =
                 [version::WINDOWS.as_bytes(), path.as_os_str().as_encoded_bytes(), &fingerprint.0.to_le_bytes(), &settings];
-            let windows = Key::of(parts);
-            let embed = Key::of([version::EMBED.as_bytes(), &windows.0.to_le_bytes(), &embedder.0.to_le_bytes()]);
-            inputs.push(Input { source, path, bytes, windows, embed });
+            inputs.push(Input { source, path, bytes, windows: Key::of(parts) });
         }
     }
     Ok(inputs)
+}
+
+fn corpus<'a, 'b>(inputs: &'b [Input<'a>]) -> impl Iterator<Item = &'b Input<'a>> {
+    inputs.iter().filter(|i| i.source.name == CORPUS)
+}
+
+/// Keys as a part of another one, in whatever order they come.
+fn joined(keys: impl Iterator<Item = Key>) -> Vec<u8> {
+    let mut keys: Vec<Key> = keys.collect();
+    keys.sort();
+    keys.iter().flat_map(|k| k.0.to_le_bytes()).collect()
 }
 
 /// Size of a file, and the key of its size, its time of change, and the 64 KB at either end (a Parquet file's footer).

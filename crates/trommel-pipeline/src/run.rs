@@ -13,14 +13,16 @@ use trommel_core::progress::{Interrupt, Progress};
 use trommel_core::schema::CORPUS;
 use trommel_core::storage::{create_folder, remove_temporaries, write_error};
 use trommel_embed::Embedder;
+use trommel_embed::static_table::{STATIC_TABLE, StaticTable};
 use trommel_kernels::panels;
-use trommel_spec::pipeline::{Precision, ShardBy};
+use trommel_spec::pipeline::{LEARNT, Precision, ShardBy};
 use trommel_spec::plan::Plan;
 
 use crate::embed::{Counts, Pass, counts};
 use crate::engine::{Engine, Written, written};
 use crate::outputs::{Outputs, Unit};
 use crate::shard::{Sharding, checksum_of, finished};
+use crate::table::{DIMENSIONS, Learning};
 use crate::{assign, catalog, cluster, dsir, histogram, resample, tokenizer, weigh};
 
 /// The stages of the pipeline, in order.
@@ -96,7 +98,8 @@ pub struct StageReport {
 pub struct Run<'a> {
     plan: &'a Plan,
     outputs: Outputs,
-    embedder: Arc<dyn Embedder>,
+    /// None if it is learnt from the corpus.
+    embedder: Option<Arc<dyn Embedder>>,
     engine: Engine,
     reports: Vec<StageReport>,
     _lock: File,
@@ -113,8 +116,7 @@ impl<'a> Run<'a> {
         let spill = plan.run_dir.join("spill");
         remove_temporaries(&plan.run_dir)?;
         remove_folder(&spill)?;
-        let embedder: Arc<dyn Embedder> = Arc::from(load_embedder(plan)?);
-        let outputs = Outputs::of(plan, embedder.key())?;
+        let (outputs, embedder) = outputs(plan)?;
         let engine = Engine::new(threads, spill, progress, interrupt)?;
         Ok(Run { plan, outputs, embedder, engine, reports: Vec::new(), _lock: lock })
     }
@@ -162,8 +164,8 @@ impl<'a> Run<'a> {
         let (engine, outputs, spec) = (&self.engine, &self.outputs, &self.plan.spec);
         match stage {
             Stage::Windows | Stage::Embed => {
-                let embedder = (stage == Stage::Embed).then_some(&self.embedder);
-                let pass = Pass { engine, embedder, window_bytes: spec.windows.bytes, seed: spec.seed };
+                let embedder = (stage == Stage::Embed).then(|| self.embedder()).transpose()?;
+                let pass = Pass { engine, embedder: embedder.as_ref(), window_bytes: spec.windows.bytes, seed: spec.seed };
                 engine.for_each(&missing(outputs, stage), |unit| pass.run(unit))
             }
             Stage::Cluster => {
@@ -196,6 +198,22 @@ impl<'a> Run<'a> {
                 outputs.dsir.as_ref().map_or(Ok(()), |dsir| dsir::shard(engine, dsir, self.plan))
             }
         }
+    }
+
+    /// The model of `embed.model`, learnt now if it is to be learnt and was not yet.
+    fn embedder(&self) -> Result<Arc<dyn Embedder>> {
+        if let Some(embedder) = &self.embedder {
+            return Ok(Arc::clone(embedder));
+        }
+        let (table, spec) = (&self.outputs.table, &self.plan.spec);
+        if !table.join(STATIC_TABLE).exists() {
+            let source = &self.plan.corpus;
+            let learning = Learning { source, window_bytes: spec.windows.bytes, dimensions: DIMENSIONS, seed: spec.seed };
+            // What cannot be used is counted and listed when the windows are written.
+            let learnt = learning.run(table, &*self.engine.progress, &self.engine.interrupt)?;
+            self.engine.progress.line(&format!("learnt an embedding table from {}", learnt.describe()));
+        }
+        Ok(Arc::new(StaticTable::read(table)?))
     }
 
     fn draw(&self, margin: f64) -> Result<()> {
@@ -257,7 +275,12 @@ impl<'a> Run<'a> {
         let units = missing(&self.outputs, stage);
         let dsir = self.outputs.dsir.as_deref();
         Ok(match stage {
-            Stage::Windows | Stage::Embed => Some(units.iter().map(|u| u.bytes).sum()),
+            Stage::Windows | Stage::Embed => {
+                let learns =
+                    stage == Stage::Embed && self.embedder.is_none() && !self.outputs.table.join(STATIC_TABLE).exists();
+                let learnt_from = self.outputs.corpus().filter(|_| learns);
+                Some(units.iter().chain(learnt_from).map(|u| u.bytes).sum())
+            }
             Stage::Resample => Some(units.iter().map(|u| u.bytes).sum::<u64>() + dsir.map_or(0, dsir::resample_bytes)),
             Stage::Weigh => dsir.map(dsir::weigh_bytes),
             Stage::Assign => Some(units.iter().map(|u| counts(u).map(|c| c.windows)).sum::<Result<u64>>()?),
@@ -324,19 +347,23 @@ impl<'a> Run<'a> {
     }
 }
 
-/// The embedder of a plan.
-pub fn load_embedder(plan: &Plan) -> Result<Box<dyn Embedder>> {
+/// The names of a plan's outputs, and its embedding model, if that is not learnt by the run.
+pub fn outputs(plan: &Plan) -> Result<(Outputs, Option<Arc<dyn Embedder>>)> {
+    let embedder = if plan.spec.embed.model == LEARNT { None } else { Some(load_embedder(plan)?) };
+    Ok((Outputs::of(plan, embedder.as_ref().map(|e| e.key()))?, embedder))
+}
+
+fn load_embedder(plan: &Plan) -> Result<Arc<dyn Embedder>> {
     let precision = match plan.spec.embed.precision {
         Precision::Bf16 => panels::Precision::Bf16,
         Precision::F32 => panels::Precision::F32,
     };
-    trommel_embed::load::load(&plan.spec.embed.model, precision)
+    Ok(Arc::from(trommel_embed::load::load(&plan.spec.embed.model, precision)?))
 }
 
 /// What a plan would do, without doing it: the state of every stage.
 pub fn survey(plan: &Plan) -> Result<Vec<StageReport>> {
-    let embedder = load_embedder(plan)?;
-    let outputs = Outputs::of(plan, embedder.key())?;
+    let (outputs, _) = outputs(plan)?;
     let report = |stage: Stage| -> Result<StageReport> {
         let cached = is_done(&outputs, stage);
         let made = if cached { Some(size_of(&outputs, stage)?) } else { None };

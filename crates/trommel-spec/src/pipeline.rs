@@ -103,8 +103,9 @@ pub struct Windows {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Embed {
-    /// `static` (built in), or the folder of a table that `trommel fit-embedder` learnt from the corpus (for windows of the same
-    /// size) or `trommel distill-embedder` from an encoder, or of a sentence-transformers model. Default `static`.
+    /// `static` (a table that is built in), `learnt` (a table that the run learns from the corpus, which it reads once more; equal
+    /// on equal processors), or the folder of a table that `trommel fit-embedder` learnt (for windows of the same size) or
+    /// `trommel distill-embedder` made from an encoder, or of a sentence-transformers model. Default `static`.
     #[serde(default = "static_model")]
     pub model: String,
     /// Numbers that a sentence encoder multiplies; sums are `f32` always, and a static table has none. Default `bf16`.
@@ -484,6 +485,9 @@ fn max_reject_share() -> f64 {
 fn window_bytes() -> u32 {
     4096
 }
+/// The value of `embed.model` for a table that the run learns from the corpus.
+pub const LEARNT: &str = "learnt";
+
 fn static_model() -> String {
     "static".into()
 }

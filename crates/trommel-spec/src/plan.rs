@@ -7,7 +7,7 @@ use serde::Serialize;
 use trommel_core::error::Error;
 use trommel_core::schema::CORPUS;
 
-use crate::pipeline::{Choice, Method, Pipeline, ShardBy, Train};
+use crate::pipeline::{Choice, LEARNT, Method, Pipeline, ShardBy, Train};
 use crate::validate;
 use crate::yaml::{Document, escape};
 
@@ -171,10 +171,10 @@ fn contradictions(document: &Document, spec: &Pipeline) -> Vec<Error> {
     }
     let model = &spec.embed.model;
     require(
-        model == "static" || Path::new(model).is_dir(),
+        model == "static" || model == LEARNT || Path::new(model).is_dir(),
         "/embed/model",
         format!("`{model}` is not a folder"),
-        "use `static`, or the folder of a sentence-transformers model",
+        "use `static`, `learnt`, or the folder of a sentence-transformers model",
     );
     for (name, value) in [("temperature", spec.weigh.temperature), ("max_epochs", spec.weigh.max_epochs)] {
         let positive = value.is_none_or(|v| v > 0.0 && v.is_finite());

@@ -338,8 +338,8 @@ pub(crate) struct FitArguments {
     pub(crate) documents: DocumentsArgument,
     /// Folder of the new table; use it as `embed.model`.
     pub(crate) out: PathBuf,
-    /// Length of a vector.
-    #[arg(long, default_value_t = 240, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    /// Length of a vector, at most: no more than different tokens in the text.
+    #[arg(long, default_value_t = trommel_pipeline::table::DIMENSIONS, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) dimensions: u32,
     /// Longest window in bytes, as `windows.bytes` of the pipeline.
     #[arg(long, default_value_t = 4096, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(16..=1_000_000))]

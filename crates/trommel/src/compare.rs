@@ -29,7 +29,7 @@ use trommel_kernels::panels;
 use trommel_pipeline::outputs::Outputs;
 use trommel_pipeline::proportions::Proportions;
 use trommel_pipeline::results::{self, Cost, Outcome};
-use trommel_pipeline::run::{StageReport, load_embedder};
+use trommel_pipeline::run::{StageReport, outputs};
 use trommel_pipeline::source::read_texts;
 use trommel_spec::pipeline::{Method, Precision, Schedule, ShardBy, Train};
 use trommel_spec::plan::{DomainSources, Mixture, Plan, Source};
@@ -133,7 +133,7 @@ fn is_finished(out: &Path) -> Result<bool> {
 /// The state of the stages that follow the shards: what a run would find done.
 pub(crate) fn survey(plan: &Plan) -> Result<Vec<StageReport>> {
     let Some(train) = &plan.spec.train else { return Ok(Vec::new()) };
-    let outputs = Outputs::of(plan, load_embedder(plan)?.key())?;
+    let (outputs, _) = outputs(plan)?;
     let by_cluster = plan.spec.shard.by == ShardBy::Cluster;
     // The directory may hold the tables of an earlier plan.
     let of_plan = |p: &Proportions| {

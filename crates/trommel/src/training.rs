@@ -7,7 +7,7 @@ use serde::Serialize;
 use trommel_core::error::{Error, Result};
 use trommel_core::manifest::Manifest;
 use trommel_core::progress::Interrupt;
-use trommel_pipeline::sample::sample;
+use trommel_pipeline::table::Learning;
 use trommel_spec::plan::{self, Source};
 use trommel_spec::training::Training;
 use trommel_spec::validate;
@@ -132,24 +132,20 @@ pub(crate) fn distill_embedder(arguments: &DistillArguments) -> anyhow::Result<(
 
 /// Makes a static embedding table from a corpus.
 pub(crate) fn fit_embedder(arguments: &FitArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
-    /// Windows that a table is learnt from: some hundred times as many as it has dimensions.
-    const WINDOWS: usize = 1 << 14;
     const SEED: u64 = 0;
     let source = source(&arguments.documents)?;
     let progress = progress::for_stderr();
-    let sample = sample(&source, arguments.window_bytes, WINDOWS, SEED, &*progress, interrupt)?;
-    let made = trommel_embed::lsa::fit(&sample.texts, &arguments.out, arguments.dimensions as usize, SEED)?;
-    writeln!(
-        std::io::stdout(),
-        "learnt from {} of {} windows ({} rows were left out): {} tokens x {} dimensions, {:.1}% of the windows' squared length, {}",
-        made.windows,
-        sample.windows,
-        sample.rejected,
-        made.tokens,
-        made.dimensions,
-        made.explained * 100.0,
-        bytesize::ByteSize(made.bytes).display().si()
-    )?;
+    let bytes = source.files.iter().map(|file| file.metadata().map_or(0, |m| m.len())).sum();
+    progress.begin("learn", Some(bytes), "bytes");
+    let (window_bytes, dimensions) = (arguments.window_bytes, arguments.dimensions);
+    let learning = Learning { source: &source, window_bytes, dimensions, seed: SEED };
+    let learnt = learning.run(&arguments.out, &*progress, interrupt);
+    progress.end();
+    let learnt = learnt?;
+    for (file, reject) in &learnt.rejects {
+        progress.line(&format!("{}: row {} is left out: {}", file.display(), reject.row, reject.reason));
+    }
+    writeln!(std::io::stdout(), "learnt from {}", learnt.describe())?;
     Ok(())
 }
 
