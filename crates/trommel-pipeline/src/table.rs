@@ -2,6 +2,8 @@
 
 use std::collections::BinaryHeap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 use arrow::array::AsArray;
 use rayon::prelude::*;
@@ -60,57 +62,70 @@ impl Learning<'_> {
     /// Writes the folder `out`, which [`trommel_embed::load::load`] reads. Reads all documents; a table is the same however they
     /// are split into files. `progress` advances by the bytes read.
     pub fn run(&self, out: &Path, progress: &dyn Progress, interrupt: &Interrupt) -> Result<Learnt> {
-        let files = self.source.files.par_iter().map(|path| self.sample(path, progress, interrupt));
-        let sample = files.try_reduce(Sample::default, |a, b| Ok(a.join(b)))?;
-        let texts: Vec<String> = sample.lowest.into_sorted_vec().into_iter().map(|(_, text)| text).collect();
+        let sample = Sample::new();
+        self.source.files.par_iter().try_for_each(|path| self.read(path, &sample, progress, interrupt))?;
+        let Found { lowest, rejects } = sample.found.into_inner().map_err(|_| Error::internal("a reader panicked"))?;
+        let texts: Vec<String> = lowest.into_sorted_vec().into_iter().map(|(_, text)| text).collect();
         let fitted = lsa::fit(&texts, out, self.dimensions as usize, self.seed)?;
-        Ok(Learnt { fitted, windows: sample.windows, rejects: sample.rejects })
+        Ok(Learnt { fitted, windows: sample.windows.into_inner(), rejects })
     }
 
-    fn sample(&self, path: &Path, progress: &dyn Progress, interrupt: &Interrupt) -> Result<Sample> {
+    fn read(&self, path: &Path, sample: &Sample, progress: &dyn Progress, interrupt: &Interrupt) -> Result<()> {
         let priority = Stream::new(self.seed, "window sample");
         let file = SourceFile { path: path.to_owned(), text: self.source.text.clone(), id: None };
-        let mut sample = Sample::default();
         for rows in file.read()? {
             interrupt.check()?;
             let rows = rows?;
-            sample.rejects.extend(rows.rejects.into_iter().map(|reject| (path.to_owned(), reject)));
+            if !rows.rejects.is_empty() {
+                sample.found()?.rejects.extend(rows.rejects.into_iter().map(|reject| (path.to_owned(), reject)));
+            }
             let texts = rows.batch.column_by_name("text").ok_or_else(|| Error::internal("the column `text` is missing"))?;
             for text in texts.as_string_view().iter().flatten() {
                 for window in cut(text, self.window_bytes as usize).map(|range| &text[range]) {
-                    sample.windows += 1;
-                    let priority = priority.bits(window.as_bytes());
-                    if sample.lowest.len() < WINDOWS || sample.lowest.peek().is_some_and(|(highest, _)| priority < *highest) {
-                        sample.add(priority, window.to_owned());
-                    }
+                    sample.windows.fetch_add(1, Ordering::Relaxed);
+                    sample.offer(priority.bits(window.as_bytes()), window)?;
                 }
             }
             progress.advance(rows.consumed);
         }
-        Ok(sample)
+        Ok(())
     }
 }
 
-/// The windows of lowest priority among those seen, at most [`WINDOWS`].
-#[derive(Default)]
+/// What all readers have found together, so that memory does not grow with them.
 struct Sample {
+    found: Mutex<Found>,
+    /// The highest priority that can still enter; falls, so that readers seldom meet at the lock.
+    highest: AtomicU64,
+    windows: AtomicU64,
+}
+
+#[derive(Default)]
+struct Found {
+    /// The windows of lowest priority, at most [`WINDOWS`].
     lowest: BinaryHeap<(u64, String)>,
-    windows: u64,
     rejects: Vec<(PathBuf, Reject)>,
 }
 
 impl Sample {
-    fn add(&mut self, priority: u64, window: String) {
-        self.lowest.push((priority, window));
-        if self.lowest.len() > WINDOWS {
-            self.lowest.pop();
-        }
+    fn new() -> Sample {
+        Sample { found: Mutex::default(), highest: AtomicU64::new(u64::MAX), windows: AtomicU64::new(0) }
     }
 
-    fn join(mut self, other: Sample) -> Sample {
-        other.lowest.into_iter().for_each(|(priority, window)| self.add(priority, window));
-        self.windows += other.windows;
-        self.rejects.extend(other.rejects);
-        self
+    fn found(&self) -> Result<MutexGuard<'_, Found>> {
+        self.found.lock().map_err(|_| Error::internal("a reader panicked"))
+    }
+
+    fn offer(&self, priority: u64, window: &str) -> Result<()> {
+        if priority > self.highest.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let lowest = &mut self.found()?.lowest;
+        lowest.push((priority, window.to_owned()));
+        if lowest.len() > WINDOWS {
+            lowest.pop();
+            self.highest.store(lowest.peek().map_or(u64::MAX, |(highest, _)| *highest), Ordering::Relaxed);
+        }
+        Ok(())
     }
 }
