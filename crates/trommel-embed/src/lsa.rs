@@ -47,7 +47,8 @@ pub struct Fitted {
 }
 
 /// Writes to `output` a folder that [`crate::load::load`] reads as a static table, learnt from `windows`, of `dimensions` or as many
-/// as they fill: no more than windows, and than different tokens in them. It has the tokens of the table that the binary carries. Equal inputs on equal processors give equal bytes.
+/// as they fill: no more than windows, and than different tokens in them. It has the tokens of the table that the binary carries.
+/// Equal inputs on equal processors give equal bytes.
 pub fn fit(windows: &[String], output: &Path, dimensions: usize, seed: u64) -> Result<Fitted> {
     if output.join("config.json").exists() {
         return Err(Error::config("the output folder holds another model").file(output.display()).hint("name a new folder"));
