@@ -200,13 +200,18 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Whether the embedding table is to be learnt and was not yet.
+    fn must_learn(&self) -> bool {
+        self.embedder.is_none() && !self.outputs.table.join(STATIC_TABLE).exists()
+    }
+
     /// The model of `embed.model`, learnt now if it is to be learnt and was not yet.
     fn embedder(&self) -> Result<Arc<dyn Embedder>> {
         if let Some(embedder) = &self.embedder {
             return Ok(Arc::clone(embedder));
         }
         let (table, spec) = (&self.outputs.table, &self.plan.spec);
-        if !table.join(STATIC_TABLE).exists() {
+        if self.must_learn() {
             let source = &self.plan.corpus;
             let learning = Learning { source, window_bytes: spec.windows.bytes, dimensions: DIMENSIONS, seed: spec.seed };
             // What cannot be used is counted and listed when the windows are written.
@@ -276,8 +281,7 @@ impl<'a> Run<'a> {
         let dsir = self.outputs.dsir.as_deref();
         Ok(match stage {
             Stage::Windows | Stage::Embed => {
-                let learns =
-                    stage == Stage::Embed && self.embedder.is_none() && !self.outputs.table.join(STATIC_TABLE).exists();
+                let learns = stage == Stage::Embed && self.must_learn();
                 let learnt_from = self.outputs.corpus().filter(|_| learns);
                 Some(units.iter().chain(learnt_from).map(|u| u.bytes).sum())
             }

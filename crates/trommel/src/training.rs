@@ -7,6 +7,7 @@ use serde::Serialize;
 use trommel_core::error::{Error, Result};
 use trommel_core::manifest::Manifest;
 use trommel_core::progress::Interrupt;
+use trommel_pipeline::source::size;
 use trommel_pipeline::table::Learning;
 use trommel_spec::plan::{self, Source};
 use trommel_spec::training::Training;
@@ -135,7 +136,7 @@ pub(crate) fn fit_embedder(arguments: &FitArguments, interrupt: &Interrupt) -> a
     const SEED: u64 = 0;
     let source = source(&arguments.documents)?;
     let progress = progress::for_stderr();
-    let bytes = source.files.iter().map(|file| file.metadata().map_or(0, |m| m.len())).sum();
+    let bytes = source.files.iter().map(|file| size(file)).sum();
     progress.begin("learn", Some(bytes), "bytes");
     let (window_bytes, dimensions) = (arguments.window_bytes, arguments.dimensions);
     let learning = Learning { source: &source, window_bytes, dimensions, seed: SEED };
