@@ -154,7 +154,7 @@ fn a_budget_that_the_corpus_cannot_meet() {
 
 #[test]
 fn a_run_directory_that_cannot_be_written() {
-    refuses(1, &["cannot write", "--run-dir"], |bench| {
+    refuses(1, &["cannot write", "name another folder"], |bench| {
         bench.write("blocked", "a file where a folder should be");
         vec!["--run-dir".into(), "blocked/run".into()]
     });
@@ -191,7 +191,7 @@ fn two_runs_of_one_directory() {
     lock.lock().unwrap();
     let called = bench.call(&["run", "p.yaml"]);
     assert_eq!(called.code, 1);
-    assert!(called.stderr.contains("another `trommel run` is working in this directory"), "{}", called.stderr);
+    assert!(called.stderr.contains("another `trommel` is working in this folder"), "{}", called.stderr);
     drop(lock);
     assert_eq!(bench.call(&["run", "p.yaml", "--until", "windows"]).code, 0);
 }

@@ -9,10 +9,11 @@ use std::process::Command;
 
 use candle_core::Device;
 use serde_json::{Value, json};
+use trommel_core::tokenizer;
 use trommel_kernels::panels::Precision;
 use trommel_trainer::batch::Batch;
 use trommel_trainer::checkpoint::{self, Model};
-use trommel_trainer::documents::{read_tokenizer, tokenize};
+use trommel_trainer::documents::tokenize;
 use trommel_trainer::engine::Engine;
 use trommel_trainer::model::{Activation, Config, preset};
 use trommel_trainer::parameters::Layout;
@@ -50,7 +51,7 @@ fn logits(model: &Model, tokens: &[u32]) -> Vec<Vec<f32>> {
 /// Writes what we compute of `TEXTS` with the model in `checkpoint`, beside its export in `folder`.
 fn write_ours(bench: &Bench, checkpoint: &str, folder: &str, architecture: &str) -> PathBuf {
     let model = checkpoint::read_model(&bench.path(checkpoint)).unwrap();
-    let tokenizer = read_tokenizer(&checkpoint::tokenizer(&bench.path(checkpoint))).unwrap();
+    let tokenizer = tokenizer::read(&checkpoint::tokenizer(&bench.path(checkpoint))).unwrap();
     let tokens = tokenize(&tokenizer, &TEXTS.map(str::to_owned)).unwrap();
     assert!(tokens.iter().all(|tokens| tokens.len() < model.config.context));
     let start = |tokens: &Vec<u32>| [&[model.end_of_text], &tokens[..]].concat();
@@ -81,7 +82,7 @@ fn trained() -> (Bench, String) {
 
 /// A checkpoint in `folder` of a model with `GELU`, whose numbers are all different.
 fn save_gelu(bench: &Bench, folder: &str, tokenizer: &Path) {
-    let vocab = read_tokenizer(tokenizer).unwrap().get_vocab_size(true);
+    let vocab = tokenizer::read(tokenizer).unwrap().get_vocab_size(true);
     let config = Config { activation: Activation::Gelu, layers: 2, context: 64, ..preset("slm-1m", vocab).unwrap() };
     let numbers = Layout::new(&config).initial(5).into_iter().enumerate();
     let parameters = numbers.map(|(i, x)| x * (1.0 + (i % 7) as f32 * 0.3)).collect();

@@ -10,6 +10,8 @@ pub mod seed;
 pub mod schema;
 /// What a folder of training shards says of itself.
 pub mod manifest;
+/// How a `tokenizer.json` makes tokens of a text.
+pub mod tokenizer;
 /// Files that are whole or absent.
 pub mod storage;
 /// What a long job tells the person who waits for it, and how that person stops it.

@@ -93,12 +93,26 @@ pub fn refuse_existing(path: &Path) -> Result<()> {
     }
 }
 
+/// Holds an output folder, which is created if need be, for this process; the lock ends with the process, however it ends.
+pub fn lock(folder: &Path) -> Result<File> {
+    create_folder(folder)?;
+    let path = folder.join(".lock");
+    let file = File::create(&path).map_err(|e| write_error(&path, e))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => Err(Error::system("another `trommel` is working in this folder")
+            .file(folder.display())
+            .hint("wait until it has ended, or name another folder for the output")),
+        Err(fs::TryLockError::Error(e)) => Err(write_error(&path, e)),
+    }
+}
+
 /// Creates a folder and its parents.
 pub fn create_folder(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).map_err(|e| write_error(folder, e))
 }
 
-/// Removes what a killed process left unfinished below `folder`. The caller holds the lock of the run directory.
+/// Removes what a killed process left unfinished below `folder`, whose [`lock`] the caller holds.
 pub fn remove_temporaries(folder: &Path) -> Result<()> {
     let Ok(entries) = fs::read_dir(folder) else { return Ok(()) };
     for entry in entries.flatten() {
@@ -116,12 +130,12 @@ pub fn remove_temporaries(folder: &Path) -> Result<()> {
 pub fn write_error(path: &Path, error: io::Error) -> Error {
     let hint = match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "free some space, or name a run directory on another disk with `--run-dir`; then run the same command again"
+            "free some space, or name an output folder on another disk; then run the same command again"
         }
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-            "make the directory writable, or name another one with `--run-dir`"
+            "make the folder writable, or name another one for the output"
         }
-        _ => "check the path and the disk, or name another run directory with `--run-dir`",
+        _ => "check the path and the disk, or name another folder for the output",
     };
     Error::system("cannot write").file(path.display()).source(error).hint(hint)
 }
@@ -141,6 +155,15 @@ mod tests {
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 0);
         write_bytes(&path, b"whole").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"whole");
+    }
+
+    #[test]
+    fn one_process_holds_a_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let held = lock(folder.path()).unwrap();
+        assert!(lock(folder.path()).is_err_and(|e| e.to_string().contains("another `trommel` is working")));
+        drop(held);
+        assert!(lock(folder.path()).is_ok());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use trommel_core::error::{Error, Result};
 use trommel_core::key::checksum_file;
 use trommel_core::progress::{Interrupt, Progress};
 use trommel_core::schema::CORPUS;
-use trommel_core::storage::{create_folder, remove_temporaries, write_error};
+use trommel_core::storage::{lock, remove_temporaries, write_error};
 use trommel_embed::Embedder;
 use trommel_embed::static_table::{STATIC_TABLE, StaticTable};
 use trommel_kernels::panels;
@@ -454,19 +454,5 @@ fn remove_folder(folder: &Path) -> Result<()> {
     match std::fs::remove_dir_all(folder) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(write_error(folder, e)),
         _ => Ok(()),
-    }
-}
-
-/// Holds the run directory for this process; the lock ends with the process, however it ends.
-fn lock(run_dir: &Path) -> Result<File> {
-    create_folder(run_dir)?;
-    let path = run_dir.join(".lock");
-    let file = File::create(&path).map_err(|e| write_error(&path, e))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(Error::system("another `trommel run` is working in this directory")
-            .file(run_dir.display())
-            .hint("wait until it has ended, or name another directory with `--run-dir`")),
-        Err(std::fs::TryLockError::Error(e)) => Err(write_error(&path, e)),
     }
 }

@@ -54,7 +54,8 @@ pub fn finished(outputs: &Outputs, folder: &Path) -> Option<Manifest> {
     let manifest = Manifest::read(folder).ok()?;
     let suffix = suffix(outputs);
     let whole = |s: &Shard| s.path.ends_with(&suffix) && folder.join(&s.path).is_file();
-    (!manifest.shards.is_empty() && manifest.shards.iter().all(whole)).then_some(manifest)
+    let all = !manifest.shards.is_empty() && manifest.shards.iter().all(whole) && folder.join(Manifest::TOKENIZER).is_file();
+    all.then_some(manifest)
 }
 
 /// One checksum over a manifest's shards.

@@ -15,6 +15,7 @@ use tokenizers::{
 };
 use trommel_core::error::{Error, Result};
 use trommel_core::storage::write_bytes;
+use trommel_core::tokenizer;
 use trommel_spec::pipeline;
 
 use crate::embed::read_sample;
@@ -32,7 +33,7 @@ const ENCODED_TOGETHER: usize = 256;
 /// Trains the tokenizer, or copies the given one.
 pub fn run(engine: &Engine, outputs: &Outputs, spec: &pipeline::Tokenizer) -> Result<Written> {
     let (tokenizer, rows) = match &spec.path {
-        Some(path) => (with_end_of_text(open(path)?)?, 0),
+        Some(path) => (with_end_of_text(tokenizer::read(path)?).map_err(|e| e.file(path.display()))?, 0),
         None => {
             let sample = read_sample(engine, outputs)?;
             let texts = sample.iter().map(|s| s.text.as_str());
@@ -67,17 +68,15 @@ fn train<'a>(texts: impl Iterator<Item = &'a str> + Send, vocab: usize) -> Resul
 
 fn with_end_of_text(mut tokenizer: Tokenizer) -> Result<Tokenizer> {
     if END_OF_TEXT_NAMES.iter().all(|name| tokenizer.token_to_id(name).is_none()) {
+        // A new token gets the number of tokens as its id.
+        if tokenizer::vocab(&tokenizer) as usize != tokenizer.get_vocab_size(true) {
+            let message = format!("the tokenizer has no end-of-text token, such as `{END_OF_TEXT}`, and gaps in its ids");
+            return Err(Error::config(message).hint("add the token to the file, under an id of its own"));
+        }
         let added = tokenizer.add_special_tokens([AddedToken::from(END_OF_TEXT, true)]);
         added.map_err(|e| Error::data("the tokenizer does not take an end-of-text token").source(e))?;
     }
     Ok(tokenizer)
-}
-
-fn open(path: &Path) -> Result<Tokenizer> {
-    Tokenizer::from_file(path).map_err(|e| {
-        let error = Error::data("not a tokenizer in the format of Hugging Face's `tokenizers`").file(path.display());
-        error.source(e).hint("name a `tokenizer.json`")
-    })
 }
 
 /// A tokenizer that is ready to encode plain text.
@@ -93,13 +92,11 @@ pub struct Encoder {
 impl Encoder {
     /// Reads the stage's output.
     pub fn read(path: &Path) -> Result<Encoder> {
-        let mut tokenizer = open(path)?;
-        // A text that spells out a special token is still text.
-        tokenizer.set_encode_special_tokens(true);
+        let tokenizer = tokenizer::read(path)?;
         let end_of_text = END_OF_TEXT_NAMES.iter().find_map(|name| tokenizer.token_to_id(name));
         let end_of_text =
             end_of_text.ok_or_else(|| Error::internal("the tokenizer has no end-of-text token").file(path.display()))?;
-        let vocab = tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id + 1);
+        let vocab = tokenizer::vocab(&tokenizer);
         Ok(Encoder { tokenizer: Arc::new(tokenizer), vocab, end_of_text })
     }
 
@@ -108,7 +105,10 @@ impl Encoder {
         let mut tokens = Vec::with_capacity(texts.len());
         for texts in texts.chunks(ENCODED_TOGETHER) {
             let encodings = self.tokenizer.encode_batch_fast(texts.to_vec(), false);
-            let encodings = encodings.map_err(|e| Error::internal("a text cannot be tokenized").source(e))?;
+            let encodings = encodings.map_err(|e| {
+                let error = Error::data("the tokenizer does not take every text").source(e);
+                error.hint("take one that knows each byte, or has a token for what it does not know")
+            })?;
             tokens.extend(encodings.into_iter().map(|e| e.get_ids().to_vec()));
         }
         Ok(tokens)

@@ -262,9 +262,9 @@ pub struct Experts {
 pub enum Choice {
     /// The expert of the domain's most frequent cluster.
     TopCluster,
-    /// The expert with the lowest loss on the validation part of the domain's training documents, before fine-tuning.
+    /// The expert with the lowest loss on the domain's training documents (the first 256 KB), before fine-tuning.
     LowestLoss,
-    /// The expert with the lowest loss on it after fine-tuning; fine-tunes all of them.
+    /// The expert with the lowest loss on the held-out part of them after fine-tuning; fine-tunes all of them.
     BestTuned,
     /// All experts in the proportions of the domain's histogram.
     Mixture,

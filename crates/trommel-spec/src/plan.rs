@@ -282,7 +282,7 @@ fn training_contradictions(spec: &Pipeline, train: &Train, require: &mut impl Fn
         let pointer = format!("/train/seeds/{}", method.name());
         let message = format!("`{}` is not among `train.methods`", method.name());
         require(train.methods.contains(method), &pointer, message, "add it there, or leave its seeds out");
-        require(seeds > 0, &pointer, "a method needs one seed at least".into(), "such as 3");
+        require((1..=1000).contains(&seeds), &pointer, format!("a method of {seeds} seeds"), "use 1 to 1,000, such as 3");
     }
     let tried = spec.finetune.is_some() || !train.experts.choices.contains(&Choice::BestTuned);
     let hint = "add `finetune`, or choose by `lowest-loss`";
@@ -383,6 +383,25 @@ mod tests {
                 "p.yaml:5:12: unknown key `tokns` | did you mean `tokens`?",
             ]
         );
+    }
+
+    #[test]
+    fn words_and_numbers_that_do_not_fit_have_places_too() {
+        let rest = "corpus: {paths: [Cargo.toml]}\ndomains: {law: {train: Cargo.toml}}\n";
+        let found = check(&format!(
+            "name: ../a\n{rest}resample: {{tokens: 1M}}\ntrain: {{model: a, tokens: 1M, schedule: foo, context: 1.0e1}}\n"
+        ));
+        assert_eq!(
+            found,
+            [
+                "p.yaml:1:1: `name` is `../a`, but must be a text like `^[A-Za-z0-9][A-Za-z0-9._-]*$`",
+                "p.yaml:5:31: `train.schedule` cannot be `foo` | use one of `cosine`, `wsd`",
+            ]
+        );
+        let found = check(&format!("name: a\n{rest}seed: 18446744073709551615\nresample: {{tokens: 1e30}}\n"));
+        let hint = "which is too large | use a number below 9,000,000,000,000,000";
+        let expected = ["4:1: `seed` is 1.8446744073709552e+19", "5:12: `resample.tokens` is 1e+30"];
+        assert_eq!(found, expected.map(|mistake| format!("p.yaml:{mistake}, {hint}")));
     }
 
     #[test]

@@ -28,7 +28,34 @@ pub fn read<T: JsonSchema + DeserializeOwned>(document: &Document) -> Result<T, 
     if !mistakes.is_empty() {
         return Err(in_file_order(mistakes));
     }
-    serde_json::from_value(document.value.clone()).map_err(|e| vec![Error::config(e.to_string()).file(&document.file)])
+    serde_json::from_value(document.value.clone()).map_err(|e| {
+        let mut immense = Vec::new();
+        add_immense(document, &document.value, "", &mut immense);
+        if immense.is_empty() { vec![Error::config(e.to_string()).file(&document.file)] } else { in_file_order(immense) }
+    })
+}
+
+/// Adds a mistake for each whole number that no integer type holds: JSON Schema takes it for an integer.
+fn add_immense(document: &Document, value: &Value, pointer: &str, mistakes: &mut Vec<Error>) {
+    match value {
+        Value::Object(fields) => {
+            fields
+                .iter()
+                .for_each(|(key, value)| add_immense(document, value, &format!("{pointer}/{}", escape(key)), mistakes));
+        }
+        Value::Array(items) => {
+            items.iter().enumerate().for_each(|(i, item)| add_immense(document, item, &format!("{pointer}/{i}"), mistakes));
+        }
+        Value::Number(number) if number.is_f64() && number.as_f64().is_some_and(|x| x.fract() == 0.0) => {
+            let message = format!("`{}` is {number}, which is too large", name_of(pointer));
+            mistakes.push(document.error(pointer, message).hint("use a number below 9,000,000,000,000,000"));
+        }
+        _ => {}
+    }
+}
+
+fn name_of(pointer: &str) -> String {
+    pointer.trim_start_matches('/').replace('/', ".")
 }
 
 /// Mistakes in the order in which a reader meets them.
@@ -70,8 +97,13 @@ impl Transform for AbsentNotNull {
 
 fn describe(document: &Document, schema: &Value, error: &jsonschema::ValidationError) -> Vec<Error> {
     let pointer = error.instance_path().to_string();
-    let name = pointer.trim_start_matches('/').replace('/', ".");
+    let name = name_of(&pointer);
     let value = error.instance();
+    let wrong_word = |known: &mut dyn Iterator<Item = &Value>| {
+        let known: Vec<String> = known.filter_map(|word| word.as_str().map(str::to_owned)).collect();
+        let wrong = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        vec![document.error(&pointer, format!("`{name}` cannot be `{wrong}`")).hint(nearest(&wrong, &known))]
+    };
     match error.kind() {
         ValidationErrorKind::AdditionalProperties { unexpected } => unexpected
             .iter()
@@ -86,11 +118,12 @@ fn describe(document: &Document, schema: &Value, error: &jsonschema::ValidationE
             let within = if name.is_empty() { String::new() } else { format!(" in `{name}`") };
             vec![document.error(&pointer, format!("the key `{key}` is missing{within}"))]
         }
-        ValidationErrorKind::Enum { options } => {
-            let known: Vec<String> =
-                options.as_array().into_iter().flatten().filter_map(|o| o.as_str().map(str::to_owned)).collect();
-            let wrong = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-            vec![document.error(&pointer, format!("`{name}` cannot be `{wrong}`")).hint(nearest(&wrong, &known))]
+        ValidationErrorKind::Enum { options } => wrong_word(&mut options.as_array().into_iter().flatten()),
+        // Words with a description each are constants.
+        ValidationErrorKind::OneOfNotValid { .. } => {
+            let holder = error_schema(schema, &error.schema_path().to_string());
+            let variants = holder.and_then(|s| s.get("oneOf")).and_then(Value::as_array);
+            wrong_word(&mut variants.into_iter().flatten().filter_map(|variant| variant.get("const")))
         }
         ValidationErrorKind::Type { .. } | ValidationErrorKind::Pattern { .. } => {
             let expected = error_schema(schema, &error.schema_path().to_string());
@@ -111,7 +144,8 @@ fn known_keys(schema: &Value, path: &str) -> Vec<String> {
 }
 
 fn expectation(schema: Option<&Value>) -> String {
-    let types = schema.and_then(|s| s.get("type"));
+    let field = |name| schema.and_then(|s| s.get(name));
+    let types = field("type");
     let one = |name: &str| match name {
         "object" => "a mapping of keys".to_owned(),
         "array" => "a list".to_owned(),
@@ -121,7 +155,10 @@ fn expectation(schema: Option<&Value>) -> String {
         other => format!("a {other}"),
     };
     match types {
-        Some(Value::String(name)) => one(name),
+        Some(Value::String(name)) => match field("pattern").and_then(Value::as_str) {
+            Some(pattern) => format!("{} like `{pattern}`", one(name)),
+            None => one(name),
+        },
         Some(Value::Array(_)) => "a whole number such as `250000`, `250k` or `20M`".to_owned(),
         _ => "something else".to_owned(),
     }

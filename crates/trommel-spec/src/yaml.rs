@@ -86,9 +86,7 @@ impl Document {
             YamlData::Value(Scalar::Null) => Value::Null,
             YamlData::Value(Scalar::Boolean(flag)) => Value::Bool(*flag),
             YamlData::Value(Scalar::Integer(number)) => Value::Number((*number).into()),
-            YamlData::Value(Scalar::FloatingPoint(number)) => {
-                Number::from_f64(number.into_inner()).map_or_else(|| Value::String(number.to_string()), Value::Number)
-            }
+            YamlData::Value(Scalar::FloatingPoint(number)) => number_of(number.into_inner()),
             YamlData::Value(Scalar::String(text)) => Value::String(text.to_string()),
             YamlData::Tagged(_, inner) => self.convert(inner, pointer)?,
             _ => {
@@ -122,6 +120,15 @@ impl Document {
         object.insert(keys[keys.len() - 1].to_owned(), value);
         Ok(())
     }
+}
+
+/// A whole number is an integer however it is written, such as `1e6`; what JSON has no number for is a text.
+fn number_of(number: f64) -> Value {
+    const EXACT: f64 = (1u64 << f64::MANTISSA_DIGITS) as f64;
+    if number.fract() == 0.0 && number.abs() < EXACT {
+        return Value::from(number as i64);
+    }
+    Number::from_f64(number).map_or_else(|| Value::String(number.to_string()), Value::Number)
 }
 
 fn key_text(key: &MarkedYaml) -> Option<String> {

@@ -17,10 +17,11 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use trommel_core::error::{Error, Result};
-use trommel_core::key::checksum;
+use trommel_core::key::{checksum, checksum_file};
 use trommel_core::manifest::Manifest;
 use trommel_core::storage::{create_folder, write_bytes, write_error};
 
@@ -125,40 +126,43 @@ pub fn peek<S: DeserializeOwned>(folder: &Path) -> Result<Option<S>> {
 
 /// The state in `folder`, or `None` if there is no checkpoint.
 pub fn read_state<S: DeserializeOwned>(folder: &Path) -> Result<Option<S>> {
-    // A crash between the two renames of `save` leaves the checkpoint under its old name.
+    // A crash of `save` between its two renames leaves the checkpoint under its old name, and one after them both.
     let previous = sibling(folder, "previous");
-    if !folder.exists() && previous.exists() {
-        fs::rename(&previous, folder).map_err(|e| write_error(folder, e))?;
+    match (folder.exists(), previous.exists()) {
+        (false, true) => fs::rename(&previous, folder).map_err(|e| write_error(folder, e))?,
+        (true, true) => remove(&previous)?,
+        _ => {}
     }
     if !folder.exists() {
         return Ok(None);
     }
+    let state = verify(folder)?;
+    serde_json::from_value(state).map(Some).map_err(|e| of_another_plan(folder).source(e))
+}
+
+/// Checks that the files of a checkpoint are as they were written; returns its state.
+fn verify(folder: &Path) -> Result<Value> {
     let path = folder.join(STATE);
     let bytes = fs::read(&path).map_err(|e| damaged(&path).source(e))?;
-    let file: StateFile<S> = serde_json::from_slice(&bytes).map_err(|e| damaged(&path).source(e))?;
+    let file: StateFile<Value> = serde_json::from_slice(&bytes).map_err(|e| damaged(&path).source(e))?;
     for (name, expected) in &file.checksums {
         let path = folder.join(name);
-        let bytes = fs::read(&path).map_err(|e| damaged(&path).source(e))?;
-        if checksum(&bytes) != *expected {
+        if checksum_file(&path).map_err(|e| damaged(&path).source(e))? != *expected {
             return Err(damaged(&path));
         }
     }
-    Ok(Some(file.state))
+    Ok(file.state)
 }
 
-/// Reads the model in `folder`: a checkpoint, an export, or what `transformers` saved of a Llama model that fits.
+/// Reads the model in `folder`: a checkpoint, whose files are as they were written, an export, or what `transformers` saved of a
+/// Llama model that fits.
 pub fn read_model(folder: &Path) -> Result<Model> {
+    if folder.join(STATE).exists() {
+        verify(folder)?;
+    }
     let (config, end_of_text) = llama_config::read(folder)?;
     let parameters = weights::read_folder(folder, &config)?;
     Ok(Model { config, end_of_text, parameters })
-}
-
-/// [`read_model`] of a folder whose files, if it is a checkpoint, are as they were written.
-pub(crate) fn read_verified_model(folder: &Path) -> Result<Model> {
-    if folder.join(STATE).exists() {
-        read_state::<IgnoredAny>(folder)?;
-    }
-    read_model(folder)
 }
 
 /// Reads what the unfinished run in `folder` needs beside its model.
@@ -191,7 +195,7 @@ fn remove(folder: &Path) -> Result<()> {
 pub fn of_another_plan(folder: &Path) -> Error {
     Error::config("the checkpoint belongs to another plan or other data")
         .file(folder.display())
-        .hint("remove the folder to train anew, or name another output folder")
+        .hint("name another output folder; or remove this one, if its model is not needed, to train anew")
 }
 
 fn damaged(path: &Path) -> Error {
@@ -257,6 +261,24 @@ mod tests {
     }
 
     #[test]
+    fn what_a_crash_after_the_renames_left_does_not_come_back() {
+        let folder = tempfile::tempdir().unwrap();
+        written(folder.path(), Activation::Gelu);
+        let previous = folder.path().join("c.previous");
+        fs::create_dir(&previous).unwrap();
+        assert_eq!(read_state::<u32>(&folder.path().join("c")).unwrap(), Some(7));
+        assert!(!previous.exists());
+    }
+
+    #[test]
+    fn the_state_of_another_kind_of_training_is_no_damage() {
+        let folder = tempfile::tempdir().unwrap();
+        written(folder.path(), Activation::Gelu);
+        let error = read_state::<String>(&folder.path().join("c")).unwrap_err();
+        assert!(error.message().contains("another plan"), "{error}");
+    }
+
+    #[test]
     fn damage_names_the_file_and_the_remedy() {
         let folder = tempfile::tempdir().unwrap();
         written(folder.path(), Activation::SwiGlu);
@@ -269,7 +291,7 @@ mod tests {
         let mut flipped = model;
         *flipped.last_mut().unwrap() ^= 1;
         fs::write(at.join(weights::FILE), flipped).unwrap();
-        assert!(read_state::<u32>(&at).is_err());
+        assert!(read_state::<u32>(&at).is_err() && read_model(&at).is_err());
         fs::write(at.join(STATE), "{").unwrap();
         assert!(read_state::<u32>(&at).unwrap_err().place().file.as_ref().unwrap().ends_with(STATE));
         assert!(read_model(folder.path()).unwrap_err().message().contains("no checkpoint"));

@@ -1,7 +1,5 @@
 //! Documents of a domain, tokenized in memory: a stream to fine-tune on, and rows to evaluate on.
 
-use std::path::Path;
-
 use serde::{Deserialize, Serialize};
 use tokenizers::Tokenizer;
 use trommel_core::error::{Error, Result};
@@ -10,14 +8,6 @@ use trommel_core::seed::Stream;
 use trommel_kernels::cross_entropy::IGNORED;
 
 use crate::batch::{Batch, Source};
-
-/// Reads a `tokenizer.json`.
-pub fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
-    Tokenizer::from_file(path).map_err(|e| {
-        let error = Error::data("the tokenizer cannot be read").file(path.display()).source(e);
-        error.hint("a model's folder needs the `tokenizer.json` of the model")
-    })
-}
 
 /// The tokens of each document, without special tokens.
 pub fn tokenize(tokenizer: &Tokenizer, documents: &[String]) -> Result<Vec<Vec<u32>>> {

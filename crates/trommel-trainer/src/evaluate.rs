@@ -9,11 +9,12 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use trommel_core::error::{Error, Result};
 use trommel_core::progress::{Interrupt, Progress, Silent};
+use trommel_core::tokenizer;
 use trommel_kernels::panels::Precision;
 
 use crate::batch::Batch;
 use crate::checkpoint;
-use crate::documents::{check_tokens, read_tokenizer, scoring_rows, tokenize};
+use crate::documents::{check_tokens, scoring_rows, tokenize};
 use crate::engine::Engine;
 
 /// Positions that are scored at once.
@@ -61,7 +62,7 @@ pub fn evaluate(
     progress.begin("evaluate", Some(tokens.iter().map(|tokens| tokens.len() as u64).sum()), "tokens");
     let scores = scores(&mut engine, &tokens, end_of_text, context, progress, interrupt)?;
     progress.end();
-    summarize(&scores, documents.iter().map(|document| document.len() as u64).sum())
+    summarize(&scores, documents.iter().map(|document| document.len() as u64).sum()).map_err(|e| e.file(checkpoint.display()))
 }
 
 /// The mean loss on `documents`, in nats per token, of each expert of the projected network in `checkpoint`.
@@ -90,7 +91,7 @@ struct Opened {
 
 fn open(checkpoint: &Path, documents: &[String], context: usize, device: &Device) -> Result<Opened> {
     let model = checkpoint::read_model(checkpoint)?;
-    let tokens = tokenize(&read_tokenizer(&checkpoint::tokenizer(checkpoint))?, documents)?;
+    let tokens = tokenize(&tokenizer::read(&checkpoint::tokenizer(checkpoint))?, documents)?;
     if context == 0 || context > model.config.context {
         let message = format!("a context of {context} tokens is outside the model's 1 to {}", model.config.context);
         return Err(Error::config(message).file(checkpoint.display()));
@@ -149,6 +150,10 @@ fn summarize(scores: &[Score], bytes: u64) -> Result<Evaluation> {
         return Err(Error::data("there are no documents to evaluate on").hint("check the domain's `test` files"));
     }
     let mean = mean_nll(scores);
+    if !mean.is_finite() {
+        let error = Error::data(format!("the model's loss is {mean}: its weights give no probabilities"));
+        return Err(error.hint("take an earlier checkpoint"));
+    }
     let squares: f64 = scores.iter().map(|score| (score.nll - mean * score.tokens as f64).powi(2)).sum();
     let spread = if documents > 1 { documents as f64 / (documents - 1) as f64 * squares } else { 0.0 };
     Ok(Evaluation {

@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use trommel_core::error::{Error, Kind, Result};
 use trommel_core::storage::{refuse_existing, write_atomic, write_bytes, write_new_folder};
+use trommel_core::tokenizer;
 
 use crate::checkpoint::{self, Model};
-use crate::documents::read_tokenizer;
 use crate::gguf;
 
 /// The formats.
@@ -41,7 +41,7 @@ pub struct Exported {
 /// Writes the model in `checkpoint` to `out`, where nothing may be yet.
 pub fn export(checkpoint: &Path, format: Format, out: &Path) -> Result<Exported> {
     refuse_existing(out)?;
-    let model = checkpoint::read_verified_model(checkpoint)?;
+    let model = checkpoint::read_model(checkpoint)?;
     model.config.check_plain().map_err(|e| e.file(checkpoint.display()))?;
     if format == Format::Gguf {
         gguf::check(&model.config).map_err(|e| e.file(checkpoint.display()))?;
@@ -62,7 +62,7 @@ pub fn export(checkpoint: &Path, format: Format, out: &Path) -> Result<Exported>
 
 /// The text of the end-of-text token, once the tokenizer is known to fit the model.
 fn end_of_text(model: &Model, path: &Path) -> Result<String> {
-    let tokenizer = read_tokenizer(path)?;
+    let tokenizer = tokenizer::read(path)?;
     let hint = "the tokenizer does not belong to this model";
     let last = tokenizer.get_vocab(true).into_values().max().unwrap_or_default();
     if last as usize >= model.config.vocab {

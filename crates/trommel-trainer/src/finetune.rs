@@ -8,10 +8,12 @@ use serde::{Deserialize, Serialize};
 use trommel_core::error::{Error, Result};
 use trommel_core::key::Key;
 use trommel_core::progress::{Interrupt, Progress, Silent};
+use trommel_core::storage::lock;
+use trommel_core::tokenizer;
 
 use crate::batch::{Dealer, Dealt};
 use crate::checkpoint::{self, Model, Unfinished};
-use crate::documents::{Documents, Position, read_tokenizer, tokenize};
+use crate::documents::{Documents, Position, tokenize};
 use crate::engine::{Engine, Teacher};
 use crate::evaluate::{mean_nll, scores};
 use crate::log::{Entry, Log};
@@ -137,7 +139,7 @@ pub fn finetune(
 ) -> Result<FinetuneReport> {
     let start = plan.adapted(plan.read_start()?)?;
     let config = start.config.clone();
-    let tokenizer = read_tokenizer(&plan.tokenizer)?;
+    let tokenizer = tokenizer::read(&plan.tokenizer)?;
     let teacher = plan.teacher.as_ref().map(|teacher| teacher.read(&plan.tokenizer, plan.context)).transpose()?;
     let config_of_teacher = teacher.as_ref().map(|teacher| teacher.config.clone());
     let fingerprint = plan.fingerprint(&start, teacher.as_ref())?;
@@ -162,6 +164,8 @@ pub fn finetune(
         }
         Ok::<_, Error>(engine)
     };
+
+    let _lock = lock(&plan.out)?;
 
     // Start, or continue.
     let (mut state, mut engine, mut best) = match checkpoint::read_state::<State>(&folder)? {

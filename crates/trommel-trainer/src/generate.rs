@@ -6,11 +6,12 @@ use candle_core::Device;
 use trommel_core::error::{Error, Result};
 use trommel_core::progress::Interrupt;
 use trommel_core::seed::Stream;
+use trommel_core::tokenizer;
 use trommel_kernels::panels::Precision;
 
 use crate::batch::Batch;
 use crate::checkpoint;
-use crate::documents::{check_tokens, read_tokenizer};
+use crate::documents::check_tokens;
 use crate::engine::Engine;
 
 /// How the next token is chosen.
@@ -38,7 +39,7 @@ pub fn generate(
 ) -> Result<String> {
     let model = checkpoint::read_model(checkpoint)?;
     model.config.check_plain().map_err(|e| e.file(checkpoint.display()))?;
-    let tokenizer = read_tokenizer(&checkpoint::tokenizer(checkpoint))?;
+    let tokenizer = tokenizer::read(&checkpoint::tokenizer(checkpoint))?;
     let failed = |e| Error::data("the text cannot be tokenized").source(e);
     let mut tokens = vec![model.end_of_text];
     tokens.extend_from_slice(tokenizer.encode_fast(prompt, false).map_err(failed)?.get_ids());
@@ -52,6 +53,10 @@ pub fn generate(
         let seen = tokens[tokens.len().saturating_sub(context)..].to_vec();
         let batch = Batch { time: seen.len(), starts: vec![0; seen.len()], targets: seen.clone(), tokens: seen };
         let logits = engine.logits(&batch)?;
+        if logits.iter().any(|logit| !logit.is_finite()) {
+            let error = Error::data("the model's weights give no probabilities").file(checkpoint.display());
+            return Err(error.hint("take an earlier checkpoint"));
+        }
         let token = choose(&logits, sampling, choices.uniform(&tokens.len().to_le_bytes()));
         if token == model.end_of_text {
             break;

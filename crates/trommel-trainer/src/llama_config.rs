@@ -19,6 +19,9 @@ use crate::model::{Activation, Adapters, Config, Projection};
 /// The file's name in a model's folder.
 pub(crate) const FILE: &str = "config.json";
 
+/// The remedy for a file that describes no model.
+const OTHER_FILE: &str = "compare the file with the one that the model was published with, or copy the model again";
+
 /// Architecture and type of a projected network, which `transformers` must not take for the small models that it projects to.
 const PROJECTED: &str = "trommel-projected";
 
@@ -107,6 +110,10 @@ pub(crate) fn read(folder: &Path) -> Result<(Config, u32)> {
     let fields = Fields::open(folder.join(FILE))?;
     let activation = activation(&fields)?;
     let (width, heads): (usize, usize) = (fields.required("hidden_size")?, fields.required("num_attention_heads")?);
+    let norm_eps: f64 = fields.required("rms_norm_eps")?;
+    if !(0.0..1.0).contains(&norm_eps) {
+        return Err(fields.refusal("rms_norm_eps", norm_eps, "a number from 0 to below 1"));
+    }
     let config = Config {
         vocab: fields.required("vocab_size")?,
         width,
@@ -116,11 +123,12 @@ pub(crate) fn read(folder: &Path) -> Result<(Config, u32)> {
         activation,
         context: fields.required("max_position_embeddings")?,
         rope_theta: rope_theta(&fields)?,
-        norm_eps: fields.required("rms_norm_eps")?,
+        norm_eps,
         projection: fields.get("projection")?,
         adapters: fields.get("adapters")?,
     };
-    config.check().map_err(|e| Error::data("the sizes do not fit together").source(e).file(fields.path.display()))?;
+    let unfit = |e| Error::data("the sizes do not fit together").source(e).file(fields.path.display()).hint(OTHER_FILE);
+    config.check().map_err(unfit)?;
     fields.only("num_key_value_heads", heads, heads)?;
     fields.only("head_dim", width / heads, width / heads)?;
     fields.only("attention_bias", false, false)?;
@@ -218,7 +226,7 @@ impl Fields {
         let Some(value) = self.fields.get(name).filter(|value| !value.is_null()) else { return Ok(None) };
         serde_json::from_value(value.clone()).map(Some).map_err(|e| {
             let message = format!("`{}{name}` is `{value}`, which is not what belongs there", self.parent);
-            Error::data(message).file(self.path.display()).source(e)
+            Error::data(message).file(self.path.display()).source(e).hint(OTHER_FILE)
         })
     }
 
@@ -227,7 +235,7 @@ impl Fields {
     }
 
     fn required<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
-        let missing = || Error::data(format!("`{}{name}` is missing", self.parent)).file(self.path.display());
+        let missing = || Error::data(format!("`{}{name}` is missing", self.parent)).file(self.path.display()).hint(OTHER_FILE);
         self.get(name)?.ok_or_else(missing)
     }
 
@@ -302,6 +310,8 @@ mod tests {
             ("architectures", json!(["LlamaForSequenceClassification"]), "supported is `LlamaForCausalLM`"),
             ("vocab_size", Value::Null, "`vocab_size` is missing"),
             ("vocab_size", json!("many"), "`vocab_size` is `\"many\"`"),
+            ("max_position_embeddings", json!(1u64 << 40), "the sizes do not fit together"),
+            ("rms_norm_eps", json!(-1.0), "`rms_norm_eps` is -1, supported is a number from 0 to below 1"),
             ("num_hidden_layers", json!(0), "the sizes do not fit together"),
             ("hidden_size", json!(u64::MAX / 4), "the sizes do not fit together"),
             ("eos_token_id", json!(50), "`eos_token_id` is 50, supported is 0 to 49"),
@@ -312,6 +322,7 @@ mod tests {
             let error = read_with(&[(name, value)]).unwrap_err();
             assert!(error.to_string().contains(said), "{error}");
             assert!(error.place().file.as_ref().unwrap().ends_with(FILE) && error.exit_code() == 1, "{error}");
+            assert!(error.remedy().is_some(), "{error}");
         }
         let folder = folder_with(&json!([]));
         assert!(read(folder.path()).unwrap_err().to_string().contains("the configuration is damaged"));

@@ -13,8 +13,9 @@ use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
 use serde::{Deserialize, Serialize};
 use trommel_core::error::{Error, Result};
-use trommel_core::key::Key;
+use trommel_core::key::{Key, checksum_file};
 use trommel_core::manifest::Manifest;
+use trommel_core::tokenizer;
 
 use crate::batch::{Batch, Source};
 
@@ -25,6 +26,9 @@ const ROWS: usize = 256;
 const ROWS_OF_CLUSTERS: usize = 4096;
 /// Clusters whose files stay open; with more of them, a file is opened again for each batch of rows.
 const OPEN_CLUSTERS: usize = 256;
+
+/// The remedy for shards that are not as they were written.
+const WRITE_AGAIN: &str = "remove the shards' folder, and run the pipeline again, or copy the folder anew";
 
 /// A place in the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +60,8 @@ pub struct Loader {
     first_row: u64,
     /// Whether a window was seen since the epoch began.
     progressed: bool,
+    /// For each shard, whether its file was found to be as it was written.
+    verified: Vec<bool>,
 }
 
 impl Source for Loader {
@@ -99,16 +105,18 @@ impl Loader {
                 .file(path.display()));
         }
         if manifest.shards.is_empty() {
-            return Err(Error::data("the folder has no shards")
-                .file(path.display())
-                .hint("run the pipeline's stage `shard` again"));
+            return Err(Error::data("the folder has no shards").file(path.display()).hint(WRITE_AGAIN));
+        }
+        let path = folder.join(Manifest::TOKENIZER);
+        let ids = tokenizer::vocab(&tokenizer::read(&path)?);
+        if ids > manifest.vocab {
+            let message = format!("the tokenizer has {ids} token ids, and `{}` says {}", Manifest::FILE, manifest.vocab);
+            return Err(Error::data(message).file(path.display()).hint("copy the one that made the shards"));
         }
         for shard in &manifest.shards {
             let path = folder.join(&shard.path);
             if !path.is_file() {
-                return Err(Error::data("the shard is missing")
-                    .file(path.display())
-                    .hint("run the pipeline's stage `shard` again"));
+                return Err(Error::data("the shard is missing").file(path.display()).hint(WRITE_AGAIN));
             }
         }
         Ok(Self::over(folder, manifest, ROWS, true))
@@ -136,8 +144,18 @@ impl Loader {
 
     fn over(folder: &Path, manifest: Manifest, rows_at_once: usize, keep_open: bool) -> Loader {
         let position = Position { epoch: 0, shard: 0, row: 0, offset: 0, previous: manifest.end_of_text };
-        let (folder, rows) = (folder.to_path_buf(), Vec::new());
-        Loader { folder, manifest, position, reader: None, rows, rows_at_once, keep_open, first_row: 0, progressed: false }
+        Loader {
+            folder: folder.to_path_buf(),
+            verified: vec![false; manifest.shards.len()],
+            manifest,
+            position,
+            reader: None,
+            rows: Vec::new(),
+            rows_at_once,
+            keep_open,
+            first_row: 0,
+            progressed: false,
+        }
     }
 
     /// The folder.
@@ -209,9 +227,7 @@ impl Loader {
         self.position = Position { shard: self.position.shard + 1, row: 0, offset: 0, ..self.position };
         if self.position.shard == self.manifest.shards.len() {
             if !self.progressed {
-                return Err(Error::data("the shards hold no windows")
-                    .file(self.folder.display())
-                    .hint("run the stage `shard` again"));
+                return Err(Error::data("the shards hold no windows").file(self.folder.display()).hint(WRITE_AGAIN));
             }
             self.position = Position { epoch: self.position.epoch + 1, shard: 0, ..self.position };
             self.progressed = false;
@@ -221,13 +237,14 @@ impl Loader {
 
     /// The next rows of the current shard, which is opened at the current row if need be; empty at its end.
     fn read_rows(&mut self) -> Result<Vec<Vec<u32>>> {
-        let path = self.folder.join(&self.manifest.shards[self.position.shard].path);
-        let damaged = |e: Box<dyn std::error::Error + Send + Sync>| {
-            Error::data("the shard cannot be read")
-                .file(path.display())
-                .source(e)
-                .hint("run the pipeline's stage `shard` again")
-        };
+        let shard = &self.manifest.shards[self.position.shard];
+        let path = self.folder.join(&shard.path);
+        if !self.verified[self.position.shard] {
+            if checksum_file(&path)? != shard.checksum {
+                return Err(damaged(&path));
+            }
+            self.verified[self.position.shard] = true;
+        }
         if self.reader.is_none() {
             self.reader = Some(Box::new(open(&path, self.position.row, self.rows_at_once)?));
         }
@@ -236,13 +253,13 @@ impl Loader {
             self.reader = None;
         }
         let Some(batch) = batch else { return Ok(Vec::new()) };
-        let batch = batch.map_err(|e| damaged(e.into()))?;
+        let batch = batch.map_err(|e| damaged(&path).source(e))?;
         let windows = lists(batch.column(0)).ok_or_else(|| wrong_type(&path, batch.column(0).data_type()))?;
         for (i, window) in windows.iter().enumerate() {
             if let Some(token) = window.iter().find(|token| **token >= self.manifest.vocab) {
                 let row = self.position.row + i as u64;
                 let message = format!("token {token} is outside the vocabulary of {}", self.manifest.vocab);
-                return Err(Error::data(message).file(path.display()).row(row).hint("run the pipeline's stage `shard` again"));
+                return Err(Error::data(message).file(path.display()).row(row).hint(WRITE_AGAIN));
             }
         }
         Ok(windows)
@@ -250,17 +267,18 @@ impl Loader {
 }
 
 fn open(path: &Path, row: u64, rows_at_once: usize) -> Result<ParquetRecordBatchReader> {
-    let damaged = |e: Box<dyn std::error::Error + Send + Sync>| {
-        Error::data("the shard cannot be opened").file(path.display()).source(e).hint("run the pipeline's stage `shard` again")
-    };
-    let file = File::open(path).map_err(|e| damaged(e.into()))?;
-    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| damaged(e.into()))?;
+    let file = File::open(path).map_err(|e| damaged(path).source(e))?;
+    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| damaged(path).source(e))?;
     let Some(column) = builder.schema().fields().iter().position(|field| field.name() == TOKENS) else {
         return Err(Error::data(format!("the shard has no column `{TOKENS}`")).file(path.display()));
     };
     let tokens = ProjectionMask::roots(builder.parquet_schema(), [column]);
     let reader = builder.with_projection(tokens).with_batch_size(rows_at_once).with_offset(row as usize).build();
-    reader.map_err(|e| damaged(e.into()))
+    reader.map_err(|e| damaged(path).source(e))
+}
+
+fn damaged(path: &Path) -> Error {
+    Error::data("the shard is damaged").file(path.display()).hint(WRITE_AGAIN)
 }
 
 fn wrong_type(path: &Path, found: &DataType) -> Error {
@@ -304,23 +322,51 @@ mod tests {
             writer.write(&batch).unwrap();
             writer.close().unwrap();
             let tokens = windows.iter().map(Vec::len).sum::<usize>() as u64;
+            let checksum = checksum_file(&folder.join(&path)).unwrap();
             described.push(Shard {
                 shard: i as u32,
                 path,
                 rows: windows.len() as u64,
                 tokens,
                 bytes: 0,
-                checksum: i.to_string(),
+                checksum,
                 cluster_id: None,
             });
         }
         let tokens = described.iter().map(|shard| shard.tokens).sum();
         let manifest = Manifest { domain: "test".into(), vocab, end_of_text: END, tokens, shards: described };
         std::fs::write(folder.join(Manifest::FILE), serde_json::to_vec(&manifest).unwrap()).unwrap();
+        let model = r#"{"type": "WordLevel", "vocab": {"end": 99}, "unk_token": "end"}"#;
+        std::fs::write(folder.join(Manifest::TOKENIZER), format!(r#"{{"version": "1.0", "model": {model}}}"#)).unwrap();
     }
 
     fn windows() -> Vec<Vec<Vec<u16>>> {
         vec![vec![vec![1, 2, 3], vec![], vec![4]], vec![], vec![vec![5, 6, 7, 8, 9, 10, 11, 12]]]
+    }
+
+    #[test]
+    fn a_flipped_bit_is_found_before_a_token_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), 100, &windows());
+        let path = folder.path().join("0.parquet");
+        let mut bytes = std::fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        let error = Loader::open(folder.path(), 100).unwrap().take(1).unwrap_err();
+        assert!(error.place().file.as_ref().unwrap().ends_with("0.parquet") && error.remedy().is_some(), "{error}");
+    }
+
+    #[test]
+    fn the_tokenizer_belongs_to_the_shards() {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), 100, &windows());
+        let path = folder.path().join(Manifest::TOKENIZER);
+        let other = std::fs::read_to_string(&path).unwrap().replace("99", "100");
+        std::fs::write(&path, other).unwrap();
+        assert!(Loader::open(folder.path(), 100).is_err_and(|e| e.to_string().contains("101 token ids")));
+        std::fs::remove_file(&path).unwrap();
+        assert!(Loader::open(folder.path(), 100).is_err());
     }
 
     #[test]
@@ -364,7 +410,7 @@ mod tests {
         write(folder.path(), 100, &[vec![]]);
         assert!(read(100).unwrap_err().message().contains("no windows"));
         std::fs::write(folder.path().join("0.parquet"), b"PAR1 truncated").unwrap();
-        assert!(read(100).unwrap_err().message().contains("cannot be opened"));
+        assert!(read(100).unwrap_err().message().contains("damaged"));
         std::fs::remove_file(folder.path().join("0.parquet")).unwrap();
         assert!(read(100).unwrap_err().message().contains("missing"));
     }

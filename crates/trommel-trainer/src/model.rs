@@ -142,6 +142,9 @@ impl Projection {
 const MIXED_MAX: usize = 65_536;
 /// No model that fits a machine has more, and what is counted or laid out below stays far from overflow.
 const MOST_PARAMETERS: f64 = 1e12;
+/// The most positions and the most tokens in a vocabulary: memory is taken for each, whatever the text.
+const CONTEXT_MAX: usize = 1 << 20;
+const VOCAB_MAX: usize = 1 << 22;
 
 /// The presets: name, width, layers, heads, mlp, activation, context.
 ///
@@ -226,8 +229,10 @@ impl Config {
         if let Some(adapters) = &self.adapters {
             self.check_adapters(adapters)?;
         }
-        if u32::try_from(self.vocab).is_err() {
-            return Err(Error::config(format!("a vocabulary of {} tokens exceeds 32 bits", self.vocab)));
+        for (name, size, most) in [("vocabulary", self.vocab, VOCAB_MAX), ("context", self.context, CONTEXT_MAX)] {
+            if size > most {
+                return Err(Error::config(format!("a {name} of {size} tokens")).hint(format!("use at most {most}")));
+            }
         }
         let [vocab, width, layers, _, mlp, _] = sizes.map(|size| size as f64);
         let mlps = self.projection.map_or(1.0, |projection| projection.capacity as f64);

@@ -9,6 +9,7 @@ use trommel_core::error::{Error, Result};
 use trommel_core::key::Key;
 use trommel_core::manifest::Manifest;
 use trommel_core::progress::{Interrupt, Progress};
+use trommel_core::storage::lock;
 
 use crate::checkpoint::{self, Model, Unfinished};
 use crate::engine::Engine;
@@ -106,6 +107,8 @@ pub fn pretrain(plan: &PretrainPlan, device: &Device, progress: &dyn Progress, i
     let sequences = plan.recipe.sequences(plan.context);
     let tokens_per_step = (sequences * plan.context) as u64;
     let last_tenth = steps - (steps - first).div_ceil(10);
+
+    let _lock = lock(&plan.out)?;
 
     // Start, or continue.
     let (mut state, mut engine) = match checkpoint::read_state::<State>(&folder)? {

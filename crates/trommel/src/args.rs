@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{StringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use trommel_spec::pipeline::Distill;
 
@@ -16,6 +17,11 @@ pub(crate) struct Arguments {
     pub(crate) threads: Option<usize>,
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+/// A path for outputs, which tables and reports name as text.
+fn utf8_path() -> impl TypedValueParser<Value = PathBuf> {
+    StringValueParser::new().map(PathBuf::from)
 }
 
 fn threads(text: &str) -> Result<usize, String> {
@@ -66,7 +72,7 @@ pub(crate) struct PipelineArguments {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) overlays: Vec<String>,
     /// The directory of all outputs [default: runs/NAME].
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = utf8_path())]
     pub(crate) run_dir: Option<PathBuf>,
 }
 
@@ -144,7 +150,7 @@ pub(crate) struct ReportArguments {
     #[arg(value_name = "RUN_DIR")]
     pub(crate) run: PathBuf,
     /// The file to write, in place of the one before [default: RUN_DIR/report.html].
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = utf8_path())]
     pub(crate) out: Option<PathBuf>,
 }
 
@@ -185,7 +191,7 @@ pub(crate) struct FinetuneArguments {
     #[arg(long, default_value_t = 1.0, value_name = "FACTOR", value_parser = above_zero)]
     pub(crate) learning_rate_multiplier: f64,
     /// Folder of the new checkpoint.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = utf8_path())]
     pub(crate) out: PathBuf,
     /// Seed of the order of the documents.
     #[arg(long, default_value_t = 0)]
@@ -230,7 +236,7 @@ pub(crate) struct ProjectArguments {
     /// The checkpoint of a projected network.
     pub(crate) checkpoint: PathBuf,
     /// Folder that gets `checkpoint/`, an ordinary small model.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = utf8_path())]
     pub(crate) out: PathBuf,
     /// The expert to take, from 0, instead of a choice.
     #[arg(long, value_name = "N", conflicts_with_all = ["choice", "run", "domain"])]
@@ -305,7 +311,7 @@ pub(crate) struct ExportArguments {
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub(crate) format: ExportFormat,
     /// The new folder (hf) or file (gguf); nothing that exists is overwritten.
-    #[arg(long, value_name = "DIR_OR_FILE")]
+    #[arg(long, value_name = "DIR_OR_FILE", value_parser = utf8_path())]
     pub(crate) out: PathBuf,
     /// Print one JSON object instead of a table.
     #[arg(long)]
@@ -326,6 +332,7 @@ pub(crate) struct DistillArguments {
     /// Folder of a sentence-transformers model of the BERT family.
     pub(crate) encoder: PathBuf,
     /// Folder of the new table; use it as `embed.model`.
+    #[arg(value_parser = utf8_path())]
     pub(crate) out: PathBuf,
     /// Length of a vector.
     #[arg(long, default_value_t = 256, value_name = "N")]
@@ -337,6 +344,7 @@ pub(crate) struct FitArguments {
     #[command(flatten)]
     pub(crate) documents: DocumentsArgument,
     /// Folder of the new table; use it as `embed.model`.
+    #[arg(value_parser = utf8_path())]
     pub(crate) out: PathBuf,
     /// Length of a vector, at most: no more than different tokens in the text.
     #[arg(long, default_value_t = trommel_pipeline::table::DIMENSIONS, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]

@@ -8,6 +8,7 @@ use arrow::array::{ArrayRef, ListBuilder, UInt32Builder};
 use arrow::record_batch::RecordBatch;
 use candle_core::Device;
 use parquet::arrow::ArrowWriter;
+use trommel_core::key::checksum_file;
 use trommel_core::manifest::{Manifest, Shard};
 use trommel_kernels::adamw::Factors;
 use trommel_trainer::batch::Batch;
@@ -126,7 +127,7 @@ fn write(folder: &Path, clusters: &[Option<u32>]) {
         writer.write(&batch).unwrap();
         writer.close().unwrap();
         let tokens = documents.iter().map(Vec::len).sum::<usize>() as u64;
-        let checksum = format!("{shard}");
+        let checksum = checksum_file(&folder.join(&path)).unwrap();
         shards.push(Shard { shard: shard as u32, path, rows: 20, tokens, bytes: 0, checksum, cluster_id });
     }
     let tokens = shards.iter().map(|shard| shard.tokens).sum();

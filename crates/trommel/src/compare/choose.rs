@@ -14,6 +14,9 @@ use trommel_trainer::projected;
 
 use super::{Candidate, Comparison, DomainDocuments, Trained, cost_of, stem};
 
+/// Bytes of text that suffice to tell experts apart: every expert reads all of them.
+const TRIED_BYTES: usize = 256 << 10;
+
 /// A trained network, and what its experts stand for.
 pub(super) struct Network<'a> {
     pub(super) model: &'a Trained,
@@ -73,7 +76,7 @@ impl Comparison<'_> {
         Ok(out)
     }
 
-    /// The loss of every expert on the validation documents, before fine-tuning; kept in a file.
+    /// The loss of every expert on [`tried_on`] a domain, before fine-tuning; kept in a file.
     fn losses(&self, network: &Network<'_>, domain: &DomainDocuments, context: usize, cached: &mut bool) -> Result<Vec<f64>> {
         let path = losses_file(self.plan, &network.model.out, domain);
         if let Some(found) = read_losses(&path) {
@@ -82,7 +85,7 @@ impl Comparison<'_> {
         *cached = false;
         self.progress.line(&format!("trying the experts of {} on {}", stem(&network.model.out), domain.name));
         let checkpoint = network.model.out.join(checkpoint::FOLDER);
-        let losses = expert_losses(&checkpoint, &domain.validation, context, self.device, self.interrupt)?;
+        let losses = expert_losses(&checkpoint, &tried_on(domain), context, self.device, self.interrupt)?;
         let text = serde_json::to_vec(&losses).map_err(|e| Error::internal("no losses").source(e))?;
         write_bytes(&path, &text)?;
         Ok(losses)
@@ -117,9 +120,22 @@ fn projection(plan: &Plan, out: &Path, shares: &[f64]) -> PathBuf {
     plan.run_dir.join("project").join(format!("{}-{}", stem(out), Key::of_bytes(&bytes).short()))
 }
 
+/// The documents that experts are tried on before fine-tuning, when all of a domain's training documents are new to them: those that
+/// are held out, then the others, until [`TRIED_BYTES`] are reached.
+fn tried_on(domain: &DomainDocuments) -> Vec<String> {
+    let mut bytes = 0;
+    let documents = domain.validation.iter().chain(&domain.train);
+    let before = |document: &&String| {
+        let more = bytes < TRIED_BYTES;
+        bytes += document.len();
+        more
+    };
+    documents.take_while(before).cloned().collect()
+}
+
 /// The file that keeps the losses of the experts of the network in `out`.
 fn losses_file(plan: &Plan, out: &Path, domain: &DomainDocuments) -> PathBuf {
-    let key = Key::of(domain.validation.iter()).short();
+    let key = Key::of(tried_on(domain)).short();
     plan.run_dir.join("project").join(format!("{}-losses-on-{}-{key}.json", stem(out), domain.name))
 }
 
