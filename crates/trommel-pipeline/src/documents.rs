@@ -16,12 +16,11 @@ use datafusion::error::DataFusionError;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::streaming::PartitionStream;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde::{Deserialize, Serialize};
 use trommel_core::error::{Error, Result};
 
 use crate::engine::query_error;
-use crate::source::{is_parquet, open_lines};
+use crate::source::{is_parquet, open_lines, open_parquet};
 
 /// Lines that a batch of JSON holds, and lines that its columns are guessed from.
 const LINES: usize = 1000;
@@ -70,8 +69,8 @@ fn columns(path: &Path) -> Result<Schema> {
     let unreadable = |e: ArrowError| Error::data("cannot read the columns").source(e);
     if is_parquet(path) {
         let file = File::open(path).map_err(|e| Error::data("cannot open the file").source(e))?;
-        let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| unreadable(e.into()))?;
-        return Ok(builder.schema().as_ref().clone());
+        let (fields, _) = open_parquet(file).map_err(|e| unreadable(e.into()))?;
+        return Ok(Schema::new(fields));
     }
     let lines = open_lines(path)?.0.split(b'\n').map_while(std::io::Result::ok).take(LINES);
     let values = lines
@@ -95,7 +94,8 @@ impl DocumentFile {
     /// The file's own columns, and the row of each of them.
     fn batches(&self) -> Result<Batches, DataFusionError> {
         if is_parquet(&self.path) {
-            let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(&self.path)?)?.with_batch_size(LINES).build()?;
+            // A text whose encoding is broken is null here, and its row is in the table `rejects`.
+            let reader = open_parquet(File::open(&self.path)?)?.1.with_batch_size(LINES).build()?;
             let mut next = 0;
             return Ok(Box::new(reader.map(move |batch| {
                 let batch = batch?;

@@ -11,9 +11,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, StringViewBuilder, new_null_array};
 use arrow::compute::{cast, filter_record_batch};
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
-use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use arrow::datatypes::{DataType, Field, Fields, Schema, SchemaRef};
+use parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
+};
+use parquet::arrow::{ProjectionMask, parquet_to_arrow_schema};
+use parquet::basic::{ConvertedType, Repetition, Type as PhysicalType};
+use parquet::errors::ParquetError;
+use parquet::schema::types::{SchemaDescriptor, Type};
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 use serde_json::Value;
 use trommel_core::error::{Error, Result};
@@ -82,12 +87,12 @@ impl SourceFile {
     }
 
     fn read_parquet(&self) -> Result<RowsIterator> {
-        let builder = ParquetRecordBatchReaderBuilder::try_new(open(&self.path)?).map_err(|e| {
+        let broken = |e| {
             Error::data("not a whole Parquet file")
                 .source(e)
                 .hint("the file is cut short or of another kind: copy it again or remove it")
-        })?;
-        let fields = builder.schema().fields().clone();
+        };
+        let (fields, builder) = open_parquet(open(&self.path)?).map_err(broken)?;
         let mut columns = vec![text_column(&fields, &self.text)?];
         if let Some(id) = &self.id {
             columns.push(column(&fields, id, "id")?);
@@ -120,6 +125,36 @@ impl SourceFile {
             consumed,
         }))
     }
+}
+
+/// The columns of a Parquet file, and a reader that gives those of strings as views of bytes: where the encoding of a text is
+/// broken, a cast to strings loses that text, and not the file.
+pub fn open_parquet(file: File) -> Result<(Fields, ParquetRecordBatchReaderBuilder<File>), ParquetError> {
+    let declared = ArrowReaderMetadata::load(&file, ArrowReaderOptions::new())?;
+    let root = declared.parquet_schema().root_schema();
+    let is_string = |field: &Type| {
+        let info = field.get_basic_info();
+        field.is_primitive() && info.repetition() != Repetition::REPEATED && info.converted_type() == ConvertedType::UTF8
+    };
+    let strings: Vec<&str> = root.get_fields().iter().filter(|field| is_string(field)).map(|field| field.name()).collect();
+    let fields = root.get_fields().iter().map(|field| {
+        if !is_string(field) {
+            return Ok(Arc::clone(field));
+        }
+        let bytes = Type::primitive_type_builder(field.name(), PhysicalType::BYTE_ARRAY);
+        bytes.with_repetition(field.get_basic_info().repetition()).build().map(Arc::new)
+    });
+    let root = Type::group_type_builder(root.name()).with_fields(fields.collect::<Result<_, _>>()?).build()?;
+    let schema = Arc::new(SchemaDescriptor::new(Arc::new(root)));
+    let fields = parquet_to_arrow_schema(&schema, None)?.fields().clone();
+    let views = fields.iter().map(|field| match strings.contains(&field.name().as_str()) {
+        true => Arc::new(field.as_ref().clone().with_data_type(DataType::BinaryView)),
+        false => Arc::clone(field),
+    });
+    let views = Arc::new(Schema::new(views.collect::<Fields>()));
+    let options = ArrowReaderOptions::new().with_parquet_schema(schema).with_schema(views);
+    let builder = ParquetRecordBatchReaderBuilder::try_new_with_options(file, options)?;
+    Ok((declared.schema().fields().clone(), builder))
 }
 
 /// Whether a file's name says that it is Parquet; else it holds JSON lines.
@@ -182,7 +217,7 @@ pub fn size(path: &Path) -> u64 {
     path.metadata().map_or(0, |m| m.len())
 }
 
-fn column(fields: &arrow::datatypes::Fields, name: &str, key: &str) -> Result<usize> {
+fn column(fields: &Fields, name: &str, key: &str) -> Result<usize> {
     fields.iter().position(|f| f.name() == name).ok_or_else(|| {
         let others = fields.iter().map(|f| format!("`{}`", f.name())).collect::<Vec<_>>().join(", ");
         Error::data(format!("there is no column `{name}`"))
@@ -190,7 +225,7 @@ fn column(fields: &arrow::datatypes::Fields, name: &str, key: &str) -> Result<us
     })
 }
 
-fn text_column(fields: &arrow::datatypes::Fields, name: &str) -> Result<usize> {
+fn text_column(fields: &Fields, name: &str) -> Result<usize> {
     let is_text = |t: &DataType| match t {
         DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => true,
         DataType::Dictionary(_, value) => matches!(**value, DataType::Utf8 | DataType::LargeUtf8),
@@ -234,7 +269,12 @@ impl ParquetRows {
         let rows = Int64Array::from_iter_values(first..self.row);
         let batch = RecordBatch::try_new(nullable(), vec![Arc::new(rows), id, text]).map_err(unreadable)?;
         let consumed = (batch.num_rows() as f64 * self.row_bytes) as u64;
-        Ok(Rows { consumed, ..keep_usable(&batch, self.id.as_deref(), Vec::new())? })
+        let broken = |name: &str, i: usize| {
+            let value = get(name).ok()?.as_binary_view_opt()?;
+            let error = value.is_valid(i).then(|| std::str::from_utf8(value.value(i)).err())??;
+            Some(format!("`{name}` is invalid UTF-8 at byte {}", error.valid_up_to() + 1))
+        };
+        Ok(Rows { consumed, ..keep_usable(&batch, (&self.text, self.id.as_deref()), Vec::new(), broken)? })
     }
 }
 
@@ -254,14 +294,23 @@ fn nullable() -> SchemaRef {
     ))
 }
 
-/// Moves the rows without text, or without an identifier where there should be one, to the rejects.
-fn keep_usable(batch: &RecordBatch, id_column: Option<&str>, mut rejects: Vec<Reject>) -> Result<Rows> {
+/// Moves the rows without text, or without an identifier where there should be one, to the rejects. `broken` says what is
+/// wrong with a value of a column that is null here and not in the file.
+fn keep_usable(
+    batch: &RecordBatch,
+    (text_column, id_column): (&str, Option<&str>),
+    mut rejects: Vec<Reject>,
+    broken: impl Fn(&str, usize) -> Option<String>,
+) -> Result<Rows> {
     let (rows, ids, texts) = (batch.column(0), batch.column(1).as_string_view(), batch.column(2).as_string_view());
     let rows = rows.as_primitive::<arrow::datatypes::Int64Type>();
     let reason = |i: usize| match () {
-        () if texts.is_null(i) => Some("the text is null".to_owned()),
+        () if texts.is_null(i) => Some(broken(text_column, i).unwrap_or_else(|| "the text is null".to_owned())),
         () if texts.value(i).trim_ascii().is_empty() => Some("the text is empty".to_owned()),
-        () => id_column.filter(|_| ids.is_null(i)).map(|name| format!("the identifier `{name}` is null")),
+        () => {
+            let name = id_column.filter(|_| ids.is_null(i))?;
+            Some(broken(name, i).unwrap_or_else(|| format!("the identifier `{name}` is null")))
+        }
     };
     let mut usable = Vec::with_capacity(batch.num_rows());
     for i in 0..batch.num_rows() {
@@ -329,7 +378,7 @@ impl Lines {
         let columns: Vec<ArrayRef> = vec![Arc::new(Int64Array::from(rows)), Arc::new(ids.finish()), Arc::new(texts.finish())];
         let batch = RecordBatch::try_new(nullable(), columns).map_err(unreadable)?;
         let consumed = self.consumed.swap(0, Ordering::Relaxed);
-        Ok(Some(Rows { consumed, ..keep_usable(&batch, self.id.as_deref(), rejects)? }))
+        Ok(Some(Rows { consumed, ..keep_usable(&batch, (&self.text, self.id.as_deref()), rejects, |_, _| None)? }))
     }
 
     /// Reads a line into the buffer, at most one byte more of it than a document may have, and passes over the rest.
@@ -351,7 +400,7 @@ impl Lines {
         }
         let line = std::str::from_utf8(&self.buffer).map_err(|e| format!("invalid UTF-8 at byte {}", e.valid_up_to() + 1))?;
         let mut deserializer = serde_json::Deserializer::from_str(line);
-        let found = Fields { text: &self.text, id: self.id.as_deref() }.deserialize(&mut deserializer);
+        let found = Keys { text: &self.text, id: self.id.as_deref() }.deserialize(&mut deserializer);
         let (text, id) = found.and_then(|f| deserializer.end().map(|()| f)).map_err(|e| format!("not a JSON object: {e}"))?;
         let text = match text {
             None => return Err(format!("there is no key `{}`", self.text)),
@@ -386,12 +435,12 @@ fn kind(value: &Value) -> &'static str {
 }
 
 /// The two keys of a JSON object that matter; all others are skipped without being built.
-struct Fields<'a> {
+struct Keys<'a> {
     text: &'a str,
     id: Option<&'a str>,
 }
 
-impl<'de> DeserializeSeed<'de> for Fields<'_> {
+impl<'de> DeserializeSeed<'de> for Keys<'_> {
     type Value = (Option<Value>, Option<Value>);
 
     fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
@@ -399,7 +448,7 @@ impl<'de> DeserializeSeed<'de> for Fields<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Fields<'_> {
+impl<'de> Visitor<'de> for Keys<'_> {
     type Value = (Option<Value>, Option<Value>);
 
     fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -466,6 +515,39 @@ mod tests {
                 "7 the text is empty",
             ]
         );
+    }
+
+    #[test]
+    fn a_broken_encoding_in_parquet_costs_its_row() {
+        use parquet::data_type::{ByteArray, ByteArrayType};
+        use parquet::file::writer::SerializedFileWriter;
+        let message = "message m { optional binary text (UTF8); required binary id (UTF8); required int32 n; }";
+        let schema = Arc::new(parquet::schema::parser::parse_message_type(message).unwrap());
+        let mut content = Vec::new();
+        let mut writer = SerializedFileWriter::new(&mut content, schema, Arc::default()).unwrap();
+        let mut group = writer.next_row_group().unwrap();
+        let texts: [&[u8]; 4] = [b"one", b"caf\xe9", b" ", "zw\u{f6}lf".as_bytes()];
+        let ids: [&[u8]; 5] = [b"a", b"b", b"c", b"d", b"\xff"];
+        for (values, levels) in [(&texts[..], Some(&[1, 1, 0, 1, 1][..])), (&ids[..], None)] {
+            let mut column = group.next_column().unwrap().unwrap();
+            let values: Vec<ByteArray> = values.iter().map(|value| ByteArray::from(value.to_vec())).collect();
+            column.typed::<ByteArrayType>().write_batch(&values, levels, None).unwrap();
+            column.close().unwrap();
+        }
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<parquet::data_type::Int32Type>().write_batch(&[1, 2, 3, 4, 5], None, None).unwrap();
+        column.close().unwrap();
+        group.close().unwrap();
+        writer.close().unwrap();
+
+        let listed = |rejects: Vec<Reject>| -> Vec<String> { rejects.iter().map(|r| format!("{} {}", r.row, r.reason)).collect() };
+        let (documents, rejects) = read("a.parquet", &content, None).unwrap();
+        assert_eq!(documents, [(0, "one".to_owned()), (4, "zw\u{f6}lf".to_owned())]);
+        let broken = ["1 `text` is invalid UTF-8 at byte 4", "2 the text is null", "3 the text is empty"];
+        assert_eq!(listed(rejects), broken);
+        let (documents, rejects) = read("a.parquet", &content, Some("id")).unwrap();
+        assert_eq!(documents, [(0, "one".to_owned())]);
+        assert_eq!(listed(rejects), [&broken[..], &["4 `id` is invalid UTF-8 at byte 1"]].concat());
     }
 
     #[test]
