@@ -156,7 +156,7 @@ impl Default for Scratch {
 
 impl Scratch {
     fn new(precision: Precision) -> Self {
-        let (narrow, wide, rows) = (|| Panels::narrow(precision), || Panels::new(precision), || Rows::new(precision));
+        let (narrow, wide, rows) = (|| Panels::narrow(precision), || Panels::wide(precision), || Rows::new(precision));
         Scratch {
             precision,
             keys: Rows::new(Precision::F32),
@@ -165,7 +165,7 @@ impl Scratch {
             value_panels: narrow(),
             query_panels: narrow(),
             gradient_panels: narrow(),
-            queries: Panels::new(Precision::F32),
+            queries: Panels::wide(Precision::F32),
             gradients: wide(),
             shares: wide(),
             share_rows: rows(),

@@ -131,7 +131,23 @@ pub(crate) fn pair_up_columns(
     }
 }
 
-/// The same in the instructions of the one level that makes pairs.
+/// Exchanges rows and columns of pairs: pair `l` of row `r` is at `l * stride + r` of `source` and goes to `r * out_stride + l`
+/// of `out`.
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "calls a variant after checking for its instructions")]
+pub(crate) fn turn_pairs(source: &[u32], stride: usize, (steps, rows): (usize, usize), out: &mut [u32], out_stride: usize) {
+    assert!(steps > 0 && rows > 0 && rows <= stride && steps <= out_stride);
+    assert!((steps - 1) * stride + rows <= source.len() && (rows - 1) * out_stride + steps <= out.len());
+    if Isa::current() >= Isa::Avx512 {
+        // SAFETY: the level has the instructions, and the lengths were checked.
+        return unsafe { hardware::turn_pairs(source, stride, (steps, rows), out, out_stride) };
+    }
+    for (row, out) in out.chunks_mut(out_stride).take(rows).enumerate() {
+        out[..steps].iter_mut().enumerate().for_each(|(step, pair)| *pair = source[step * stride + row]);
+    }
+}
+
+/// The same in the instructions of the levels that multiply pairs.
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code, reason = "instructions of one processor family, on raw pointers")]
 mod hardware {
@@ -252,6 +268,35 @@ mod hardware {
         }
     }
 
+    /// # Safety
+    /// The processor has the instructions; the slices hold what the sizes name.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn turn_pairs(
+        source: &[u32],
+        stride: usize,
+        (steps, rows): (usize, usize),
+        out: &mut [u32],
+        out_stride: usize,
+    ) {
+        for (step, row) in (0..steps).step_by(LANES).flat_map(|step| (0..rows).step_by(LANES).map(move |row| (step, row))) {
+            let (steps_here, rows_here) = ((steps - step).min(LANES), (rows - row).min(LANES));
+            let mut lines = [_mm512_setzero_si512(); LANES];
+            for (i, line) in lines[..steps_here].iter_mut().enumerate() {
+                // SAFETY: the mask leaves out what lies beyond the rows.
+                *line = unsafe {
+                    _mm512_maskz_loadu_epi32(lanes(rows_here), source.as_ptr().add((step + i) * stride + row).cast())
+                };
+            }
+            for (i, line) in transposed(lines).into_iter().take(rows_here).enumerate() {
+                // SAFETY: the mask leaves out what lies beyond the steps.
+                unsafe {
+                    let to = out.as_mut_ptr().add((row + i) * out_stride + step);
+                    _mm512_mask_storeu_epi32(to.cast(), lanes(steps_here), line);
+                }
+            }
+        }
+    }
+
     /// Exchanges rows and columns of 16 x 16 numbers of 32 bits.
     #[target_feature(enable = "avx512f")]
     fn transposed(mut r: [__m512i; LANES]) -> [__m512i; LANES] {
@@ -356,6 +401,20 @@ mod tests {
                     };
                     assert_eq!(*got, expected);
                 }
+            }
+        }
+    }
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn turned_pairs_change_places() {
+        for (steps, rows, stride) in [(1, 1, 1), (5, 3, 9), (16, 16, 16), (33, 32, 64), (256, 31, 31)] {
+            let source: Vec<u32> = (0..steps as u32 * stride as u32).collect();
+            let out_stride = steps + 3;
+            let mut out = vec![u32::MAX; rows * out_stride];
+            turn_pairs(&source, stride, (steps, rows), &mut out, out_stride);
+            for (i, got) in out.iter().enumerate() {
+                let (row, step) = (i / out_stride, i % out_stride);
+                assert_eq!(*got, if step < steps { source[step * stride + row] } else { u32::MAX });
             }
         }
     }

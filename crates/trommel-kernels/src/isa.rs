@@ -3,6 +3,9 @@
 
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "x86_64")]
+use crate::amx;
+
 /// A level of instructions; each contains those before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
@@ -14,13 +17,20 @@ pub enum Isa {
     Avx512,
     /// AVX-512 with products of `bf16` pairs.
     Avx512Bf16,
+    /// The same and AMX, tiles of `bf16` pairs, which the system has permitted.
+    Amx,
 }
 
-/// The variable that lowers the level: `portable`, `avx2`, `avx512` or `avx512bf16`.
+/// The variable that lowers the level: `portable`, `avx2`, `avx512`, `avx512bf16` or `amx`.
 pub const VARIABLE: &str = "TROMMEL_ISA";
 
-const NAMES: [(&str, Isa); 4] =
-    [("portable", Isa::Portable), ("avx2", Isa::Avx2), ("avx512", Isa::Avx512), ("avx512bf16", Isa::Avx512Bf16)];
+const NAMES: [(&str, Isa); 5] = [
+    ("portable", Isa::Portable),
+    ("avx2", Isa::Avx2),
+    ("avx512", Isa::Avx512),
+    ("avx512bf16", Isa::Avx512Bf16),
+    ("amx", Isa::Amx),
+];
 
 impl Isa {
     /// The level that the kernels use: the processor's, or what [`VARIABLE`] asks for if that is lower. [`Isa::check`] says
@@ -61,6 +71,7 @@ impl Isa {
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl");
         match (avx2, avx512, is_x86_feature_detected!("avx512bf16")) {
+            (true, true, true) if has_amx() && amx::permitted() => Isa::Amx,
             (true, true, true) => Isa::Avx512Bf16,
             (true, true, false) => Isa::Avx512,
             (true, false, _) => Isa::Avx2,
@@ -72,4 +83,11 @@ impl Isa {
     fn detected() -> Isa {
         Isa::Portable
     }
+}
+
+/// Whether the processor has tiles of `bf16`. [Intel SDM, volume 2, CPUID, leaf 7]
+#[cfg(target_arch = "x86_64")]
+fn has_amx() -> bool {
+    const BF16_AND_TILES: u32 = 1 << 22 | 1 << 24;
+    std::arch::x86_64::__cpuid(0).eax >= 7 && std::arch::x86_64::__cpuid_count(7, 0).edx & BF16_AND_TILES == BF16_AND_TILES
 }

@@ -4,6 +4,9 @@
 pub mod activation;
 /// AdamW and the norm of a gradient.
 pub mod adamw;
+/// Products of pairs in the tiles of AMX.
+#[cfg(target_arch = "x86_64")]
+mod amx;
 /// Causal attention within documents.
 pub mod attention;
 /// The output layer and its loss.

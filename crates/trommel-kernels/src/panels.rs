@@ -1,14 +1,14 @@
 //! Products with a right operand that was rearranged once: most of the time of training goes into these.
 //!
 //! The gemm crate rearranges its operands anew for each product, which for a weight and the few hundred rows of a sequence
-//! is a sixth of the time. Here the right operand becomes panels of 64 columns, or 32, once for many products, which go tile
+//! is a sixth of the time. Here the right operand becomes panels of 64, 32 or 16 columns, once for many products, which go tile
 //! by tile; see `tiles`.
 //!
 //! In `Precision::F32` a step of a product is one number of depth. In `Precision::Bf16` it is a pair of `bf16` in 32 bits, so
 //! that one instruction multiplies and adds twice as many numbers; the left operand is rounded and paired too, once per
 //! product or, as `Rows`, once for several. Sums are `f32` in both.
 //!
-//! Below AVX-512 the gemm crate, which chooses its own instructions, multiplies with each panel; where no instruction
+//! Below AVX-512 the gemm crate, which chooses its own instructions, multiplies with each panel that no tile is made for; where no instruction
 //! multiplies pairs, the numbers are `f32` that were rounded to `bf16`.
 
 use std::cell::RefCell;
@@ -17,6 +17,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+#[cfg(target_arch = "x86_64")]
+use crate::amx;
 use crate::bf16::{self, interleave, pair_up_columns, round_all};
 use crate::isa::Isa;
 use crate::matmul::{Matrix, MatrixMut, Target, multiply};
@@ -33,7 +35,7 @@ pub enum Precision {
     Bf16,
 }
 
-/// A right operand, as panels of 64 or 32 columns, each (rows, columns of the panel) or, in pairs, half as many rows; the last
+/// A right operand, as panels of 64, 32 or 16 columns, each (rows, columns of the panel) or, in pairs, half as many rows; the last
 /// one is filled up with zeros.
 #[derive(Debug)]
 pub struct Panels {
@@ -52,10 +54,16 @@ thread_local! {
 impl Panels {
     /// Without content, for numbers of this precision.
     pub fn new(precision: Precision) -> Panels {
+        let isa = Isa::current();
+        Self::for_level(isa, precision, if isa == Isa::Avx2 { Width::Slim } else { Width::Wide })
+    }
+
+    /// [`Panels::new`] with panels of 64 columns at every level.
+    pub(crate) fn wide(precision: Precision) -> Panels {
         Self::for_level(Isa::current(), precision, Width::Wide)
     }
 
-    /// [`Panels::new`] with panels of 32 columns, for products with few columns.
+    /// [`Panels::new`] with panels of 32 columns at every level, for products with few columns.
     pub(crate) fn narrow(precision: Precision) -> Panels {
         Self::for_level(Isa::current(), precision, Width::Narrow)
     }
@@ -175,8 +183,13 @@ impl Panels {
             (Numbers::Paired(panels), Operand::Paired(left)) => {
                 assert!(first.is_multiple_of(2), "a product begins within a pair");
                 let right = Right { panels: &panels[..len], width: self.width, steps: self.steps(), first: first / 2 };
-                // SAFETY: pairs are made only for the level that multiplies them.
-                unsafe { tiles::multiply(out, target, left, right) }
+                // SAFETY: pairs are made only for levels that multiply them, and this is the panels'.
+                unsafe {
+                    match self.isa {
+                        Isa::Amx => amx::multiply(out, target, left, right),
+                        _ => tiles::multiply::<tiles::Avx512Bf16>(out, target, left, right),
+                    }
+                }
             }
             _ => unreachable!("both operands are of one precision, and pairs exist where they are multiplied"),
         }
@@ -185,10 +198,14 @@ impl Panels {
     fn multiply_whole(&self, panels: &[f32], first: usize, out: MatrixMut<'_>, target: Target, left: Left<'_, f32>) {
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "calls a variant after checking for its instructions")]
-        if self.isa >= Isa::Avx512 {
+        {
             let right = Right { panels, width: self.width, steps: self.rows, first };
             // SAFETY: the level has the instructions.
-            return unsafe { tiles::multiply(out, target, left, right) };
+            match (self.isa, self.width) {
+                (Isa::Avx2, Width::Slim) => return unsafe { tiles::multiply::<tiles::Avx2>(out, target, left, right) },
+                (isa, _) if isa >= Isa::Avx512 => return unsafe { tiles::multiply::<tiles::Avx512>(out, target, left, right) },
+                _ => {}
+            }
         }
         let (width, steps) = (self.width.columns(), left.steps);
         let (row_stride, column_stride) = (left.row, left.step);
@@ -290,10 +307,8 @@ fn fill_pairs(panel: usize, width: usize, pairs: &mut [u32], right: Matrix<'_>) 
 mod tests {
     use super::*;
     use crate::bf16::round_to_bf16;
-    use crate::probe::{close, numbers};
+    use crate::probe::{close, levels, numbers};
     use crate::tiles::DEPTH;
-
-    const LEVELS: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
 
     #[test]
     fn products_equal_the_naive_loop_at_odd_sizes() {
@@ -307,6 +322,7 @@ mod tests {
             (0, 3, 4),
             (4, 7, 128),
             (3, 2 * DEPTH + 3, 5),
+            (66, 2 * DEPTH + 64, 96),
         ];
         for (m, k, n) in sizes {
             let (a, b, start) = (numbers(m * k, 1), numbers(k * n, 2), numbers(m * (n + 3), 3));
@@ -320,8 +336,13 @@ mod tests {
                     let kept = if target == Target::Add || column >= n { f64::from(start[i]) } else { 0.0 };
                     kept + if column < n { (0..k).map(product).sum() } else { 0.0 }
                 };
-                let levels = LEVELS.into_iter().filter(|isa| *isa <= Isa::current());
-                for (isa, width) in levels.flat_map(|isa| [(isa, Width::Narrow), (isa, Width::Wide)]) {
+                let widths = |isa| {
+                    [Width::Slim, Width::Narrow, Width::Wide]
+                        .into_iter()
+                        .skip(usize::from(isa > Isa::Avx2))
+                        .map(move |width| (isa, width))
+                };
+                for (isa, width) in levels(precision).into_iter().flat_map(widths) {
                     let mut panels = Panels::for_level(isa, precision, width);
                     panels.pack(Matrix::new(&[1.0; 300], 2, 150));
                     for (left, right) in [
@@ -348,7 +369,7 @@ mod tests {
         let (a, b) = (numbers(5 * (rows - first), 1), numbers(rows * columns, 2));
         for precision in [Precision::F32, Precision::Bf16] {
             let value = |x: f32| if precision == Precision::F32 { x } else { round_to_bf16(x) };
-            for isa in LEVELS.into_iter().filter(|isa| *isa <= Isa::current()) {
+            for isa in levels(precision) {
                 let [mut narrow, mut wide] = [Width::Narrow, Width::Wide].map(|width| Panels::for_level(isa, precision, width));
                 narrow.pack(Matrix::new(&b, rows, columns));
                 let mut left = Rows::of(Numbers::new(isa, precision));
@@ -382,7 +403,7 @@ mod tests {
             let (x, other) = (numbers(rows * columns, 1), numbers(rows * 9, 2));
             for precision in [Precision::F32, Precision::Bf16] {
                 let value = |x: f32| if precision == Precision::F32 { x } else { round_to_bf16(x) };
-                for isa in LEVELS.into_iter().filter(|isa| *isa <= Isa::current()) {
+                for isa in levels(precision) {
                     let mut packed = Rows::of(Numbers::new(isa, precision));
                     packed.pack(Matrix::new(&[1.0; 999], 3, 333));
                     packed.reserve(rows, columns);
@@ -430,32 +451,37 @@ mod tests {
 
     #[test]
     fn a_row_does_not_depend_on_its_neighbours() {
-        let (a, b) = (numbers(9 * 300, 1), numbers(300 * 70, 2));
+        let (rows, depth, columns) = (70, 300, 70);
+        let (a, b) = (numbers(rows * depth, 1), numbers(depth * columns, 2));
         for precision in [Precision::F32, Precision::Bf16] {
-            let mut panels = Panels::new(precision);
-            panels.pack_here(Matrix::new(&b, 300, 70));
-            let product = |rows: std::ops::Range<usize>| {
-                let mut out = vec![0.0; rows.len() * 70];
-                let left = Matrix::new(&a[rows.start * 300..rows.end * 300], rows.len(), 300);
-                panels.multiply(MatrixMut::new(&mut out, rows.len(), 70), Target::Overwrite, left);
-                out
-            };
-            assert_eq!(product(0..9)[5 * 70..6 * 70], product(5..6));
+            for isa in levels(precision) {
+                let mut panels = Panels::for_level(isa, precision, Width::Wide);
+                panels.pack_here(Matrix::new(&b, depth, columns));
+                let product = |rows: Range<usize>| {
+                    let mut out = vec![0.0; rows.len() * columns];
+                    let left = Matrix::new(&a[rows.start * depth..rows.end * depth], rows.len(), depth);
+                    panels.multiply(MatrixMut::new(&mut out, rows.len(), columns), Target::Overwrite, left);
+                    out
+                };
+                assert_eq!(product(0..rows)[5 * columns..6 * columns], product(5..6));
+            }
         }
     }
 
     #[test]
     fn nan_and_infinity_pass_through() {
         for precision in [Precision::F32, Precision::Bf16] {
-            let mut panels = Panels::new(precision);
-            panels.pack(Matrix::new(&[1.0, 2.0, 3.0, 4.0], 2, 2));
-            let product = |left: [f32; 2]| {
-                let mut out = [0.0; 2];
-                panels.multiply(MatrixMut::new(&mut out, 1, 2), Target::Overwrite, Matrix::new(&left, 1, 2));
-                out
-            };
-            assert!(product([f32::NAN, 0.0]).iter().all(|x| x.is_nan()));
-            assert_eq!(product([f32::INFINITY, 1.0]), [f32::INFINITY; 2]);
+            for isa in levels(precision) {
+                let mut panels = Panels::for_level(isa, precision, Width::Wide);
+                panels.pack(Matrix::new(&[1.0, 2.0, 3.0, 4.0], 2, 2));
+                let product = |left: [f32; 2]| {
+                    let mut out = [0.0; 2];
+                    panels.multiply(MatrixMut::new(&mut out, 1, 2), Target::Overwrite, Matrix::new(&left, 1, 2));
+                    out
+                };
+                assert!(product([f32::NAN, 0.0]).iter().all(|x| x.is_nan()));
+                assert_eq!(product([f32::INFINITY, 1.0]), [f32::INFINITY; 2]);
+            }
         }
     }
 }

@@ -1,5 +1,18 @@
 //! What the tests of several kernels share: reproducible numbers and finite differences.
 
+use crate::isa::Isa;
+use crate::panels::Precision;
+
+/// The levels that products in `precision` are tested on: the processor's, and tiles of AMX, emulated where it has none.
+pub(crate) fn levels(precision: Precision) -> Vec<Isa> {
+    let all = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    crate::amx::emulator::install();
+    let emulated =
+        |isa| isa == Isa::Amx && precision == Precision::Bf16 && cfg!(all(target_arch = "x86_64", target_os = "linux"));
+    all.into_iter().filter(|isa| *isa <= Isa::current() || emulated(*isa)).collect()
+}
+
 /// `n` numbers in [-1, 1), different for each `salt`.
 pub(crate) fn numbers(n: usize, salt: u64) -> Vec<f32> {
     let mut state = salt.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
