@@ -173,3 +173,24 @@ fn a_table_learnt_from_the_corpus_embeds_it() {
     let nothing = bench.call(&["fit-embedder", "nowhere", "large"]);
     assert_eq!(nothing.code, 2, "{}", nothing.stderr);
 }
+
+#[test]
+fn a_damaged_file_is_named_and_made_anew() {
+    let bench = Bench::new();
+    bench.checksums(&[]);
+    let count = ["sql", "runs/small", "-c", "SELECT count(DISTINCT document) AS n FROM assignments"];
+    let whole = bench.call(&count).stdout;
+    let assignments = std::fs::read_dir(bench.path("runs/small/assign")).unwrap().next().unwrap().unwrap().path();
+    let content = std::fs::read(&assignments).unwrap();
+    for broken in [Some(&content[..content.len() / 2]), None] {
+        match broken {
+            Some(content) => std::fs::write(&assignments, content).unwrap(),
+            None => std::fs::remove_file(&assignments).unwrap(),
+        }
+        let called = bench.call(&count);
+        let name = assignments.file_name().unwrap().to_str().unwrap();
+        assert!(called.code == 1 && called.stderr.contains(name) && called.stderr.contains("made anew"), "{}", called.stderr);
+    }
+    assert_eq!(bench.call(&["run", "p.yaml"]).code, 0);
+    assert_eq!(bench.call(&count).stdout, whole);
+}

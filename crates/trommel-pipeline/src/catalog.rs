@@ -10,6 +10,7 @@ use std::sync::Arc;
 use arrow::array::{AsArray, Int64Array, RecordBatch, StringArray, UInt32Array};
 use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
 use datafusion::datasource::MemTable;
+use datafusion::error::DataFusionError;
 use datafusion::prelude::{ParquetReadOptions, SessionContext};
 use serde::{Deserialize, Serialize};
 use trommel_core::error::{Error, Result};
@@ -19,7 +20,7 @@ use trommel_core::storage::write_bytes;
 use trommel_spec::plan::Plan;
 
 use crate::documents::{Origin, documents_table};
-use crate::engine::{Engine, query_error};
+use crate::engine::{self, Engine, footer};
 use crate::outputs::Outputs;
 use crate::resample::diagnostics_schema;
 use crate::results;
@@ -103,6 +104,20 @@ pub fn name(run_dir: &Path) -> Result<String> {
     Ok(read(run_dir)?.name)
 }
 
+/// What to say of a query of these tables that failed. The engine names no file, so the first one that is missing or cut short
+/// is looked for, unless the query itself is wrong.
+pub fn query_error(run_dir: &Path, error: DataFusionError) -> Error {
+    use DataFusionError::{Plan, SQL, SchemaError};
+    let is_wrong = matches!(error.find_root(), Plan(_) | SQL(..) | SchemaError(..));
+    let catalog = if is_wrong { None } else { read(run_dir).ok() };
+    catalog.and_then(|catalog| broken_file(run_dir, &catalog)).unwrap_or_else(|| engine::query_error(error))
+}
+
+/// The first file of the tables that is missing or cut short, as an error.
+fn broken_file(run_dir: &Path, catalog: &Catalog) -> Option<Error> {
+    catalog.tables.values().flatten().find_map(|file| footer(&run_dir.join(file), "").err())
+}
+
 /// Registers every table of a run directory. A table whose stage has not run is empty or, where its columns depend on
 /// the run, absent.
 pub async fn register(session: &SessionContext, run_dir: &Path) -> Result<()> {
@@ -110,8 +125,9 @@ pub async fn register(session: &SessionContext, run_dir: &Path) -> Result<()> {
     let at = |path: &Path| run_dir.join(path);
     for (table, files) in &catalog.tables {
         let paths: Vec<String> = files.iter().map(|f| at(f).display().to_string()).collect();
-        let frame = session.read_parquet(paths, ParquetReadOptions::default()).await.map_err(query_error)?;
-        session.register_table(table.as_str(), frame.into_view()).map_err(query_error)?;
+        let frame = session.read_parquet(paths, ParquetReadOptions::default()).await;
+        let frame = frame.map_err(|error| broken_file(run_dir, &catalog).unwrap_or_else(|| engine::query_error(error)))?;
+        session.register_table(table.as_str(), frame.into_view()).map_err(engine::query_error)?;
     }
     let number = |name: &str| Field::new(name, DataType::Float64, true);
     let cluster = || vec![Field::new("domain", DataType::Utf8, false), Field::new("cluster_id", DataType::UInt32, false)];
@@ -144,7 +160,7 @@ pub async fn register(session: &SessionContext, run_dir: &Path) -> Result<()> {
     for (table, origins) in [(CORPUS, corpus), ("domains", domains)] {
         // The sources may be gone; all other tables stand without them.
         if origins.iter().flat_map(|o| &o.files).all(|(_, path)| path.is_file()) {
-            session.register_table(table, Arc::new(documents_table(&origins)?)).map_err(query_error)?;
+            session.register_table(table, Arc::new(documents_table(&origins)?)).map_err(engine::query_error)?;
         }
     }
     view(session, "weights", include_str!("sql/view_weights.sql")).await?;
@@ -155,14 +171,14 @@ pub async fn register(session: &SessionContext, run_dir: &Path) -> Result<()> {
 }
 
 async fn view(session: &SessionContext, table: &str, sql: &str) -> Result<()> {
-    let frame = session.sql(sql).await.map_err(query_error)?;
-    session.register_table(table, frame.into_view()).map_err(query_error)?;
+    let frame = session.sql(sql).await.map_err(engine::query_error)?;
+    session.register_table(table, frame.into_view()).map_err(engine::query_error)?;
     Ok(())
 }
 
 fn register_rows(session: &SessionContext, table: &str, batch: RecordBatch) -> Result<()> {
-    let memory = MemTable::try_new(batch.schema(), vec![vec![batch]]).map_err(query_error)?;
-    session.register_table(table, Arc::new(memory)).map_err(query_error)?;
+    let memory = MemTable::try_new(batch.schema(), vec![vec![batch]]).map_err(engine::query_error)?;
+    session.register_table(table, Arc::new(memory)).map_err(engine::query_error)?;
     Ok(())
 }
 

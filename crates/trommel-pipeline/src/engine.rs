@@ -267,8 +267,8 @@ pub fn written<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<Written>
 }
 
 fn own_file_error(path: &Path, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
-    let hint = "remove this file and run the same command again: it will be made anew";
-    Error::data("an intermediate file is damaged").file(path.display()).source(error).hint(hint)
+    let hint = "remove this file and run the pipeline again: it will be made anew";
+    Error::data("a file of the run is missing or damaged").file(path.display()).source(error).hint(hint)
 }
 
 /// A failed write of Parquet, where a full disk arrives wrapped.

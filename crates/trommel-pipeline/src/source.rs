@@ -540,7 +540,8 @@ mod tests {
         group.close().unwrap();
         writer.close().unwrap();
 
-        let listed = |rejects: Vec<Reject>| -> Vec<String> { rejects.iter().map(|r| format!("{} {}", r.row, r.reason)).collect() };
+        let listed =
+            |rejects: Vec<Reject>| -> Vec<String> { rejects.iter().map(|r| format!("{} {}", r.row, r.reason)).collect() };
         let (documents, rejects) = read("a.parquet", &content, None).unwrap();
         assert_eq!(documents, [(0, "one".to_owned()), (4, "zw\u{f6}lf".to_owned())]);
         let broken = ["1 `text` is invalid UTF-8 at byte 4", "2 the text is null", "3 the text is empty"];

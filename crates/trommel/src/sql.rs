@@ -16,7 +16,7 @@ use rustyline::error::ReadlineError;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
 use trommel_core::error::Error;
-use trommel_pipeline::{catalog, engine};
+use trommel_pipeline::catalog;
 
 use crate::args::{Format, SqlArguments};
 
@@ -24,6 +24,7 @@ use crate::args::{Format, SqlArguments};
 pub(crate) struct Tables {
     runtime: Runtime,
     session: SessionContext,
+    run_dir: PathBuf,
 }
 
 impl Tables {
@@ -32,7 +33,7 @@ impl Tables {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         let session = SessionContext::new_with_config(SessionConfig::new().with_information_schema(true));
         runtime.block_on(catalog::register(&session, run_dir))?;
-        Ok(Tables { runtime, session })
+        Ok(Tables { runtime, session, run_dir: run_dir.to_path_buf() })
     }
 
     /// Whether there is a table of this name.
@@ -50,7 +51,7 @@ impl Tables {
             }
             Ok(rows)
         });
-        Ok(rows.map_err(engine::query_error)?)
+        Ok(rows.map_err(|error| catalog::query_error(&self.run_dir, error))?)
     }
 
     /// The rows of a query, for results that are small.
