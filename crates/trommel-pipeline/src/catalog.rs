@@ -124,6 +124,10 @@ pub async fn register(session: &SessionContext, run_dir: &Path) -> Result<()> {
     let catalog = read(run_dir)?;
     let at = |path: &Path| run_dir.join(path);
     for (table, files) in &catalog.tables {
+        // The engine would leave out one that is missing.
+        if let Some(missing) = files.iter().map(|f| at(f)).find(|path| !path.exists()) {
+            footer(&missing, "")?;
+        }
         let paths: Vec<String> = files.iter().map(|f| at(f).display().to_string()).collect();
         let frame = session.read_parquet(paths, ParquetReadOptions::default()).await;
         let frame = frame.map_err(|error| broken_file(run_dir, &catalog).unwrap_or_else(|| engine::query_error(error)))?;
