@@ -7,8 +7,9 @@
 The large corpus holds every document eight times, each time with its words in another rotation, so that no two are equal.
 Prints both peaks and their ratio; the goal is below 1.2.
 """
-import argparse, os, pathlib, subprocess, tempfile
+import argparse, pathlib, tempfile
 import pyarrow as pa, pyarrow.parquet as pq
+from processes import run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -21,11 +22,9 @@ def rotated(text, copy):
 
 def peak(binary, corpus, run_dir):
     """Peak resident memory of one run, in MB."""
-    command = [binary, "run", "pipelines/quickstart.yaml", "--until", "shard", "--run-dir", run_dir, "--set", f"corpus.paths=[{corpus}]"]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    assert status == 0, f"the run failed with {status}"
-    return usage.ru_maxrss / 1024
+    _, resident = run(binary, "run", "pipelines/quickstart.yaml", "--until", "shard", "--run-dir", run_dir,
+                      "--set", f"corpus.paths=[{corpus}]", cwd=ROOT)
+    return resident / 2**20
 
 
 def main():

@@ -128,16 +128,6 @@ def fastest(ways, sample=lambda way: way()):
     return ways[best]
 
 
-def run(*command):
-    """Runs a program to its end: its seconds and its peak resident bytes."""
-    start = time.perf_counter()
-    child = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    errors = child.stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    assert status == 0, f"{command} failed:\n{errors}"
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
-
-
 def machine(packages):
     """The machine, and the versions of the peer's packages."""
     cpu = dict(line.split(":", 1) for line in open("/proc/cpuinfo").read().replace("\t", "").splitlines() if ":" in line)

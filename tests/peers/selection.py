@@ -1,7 +1,8 @@
 """What the two comparisons of whole selections share: the settings, our run, and whether a selection fits the domain."""
-from peers import CACHE, ROOT, TROMMEL, arguments, cached, corpus_files, documents, run, size
+from peers import CACHE, ROOT, TROMMEL, arguments, cached, corpus_files, documents, size
 import collections, re, shutil, zlib
 import numpy as np
+from processes import run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 DOMAIN = ROOT / "data/quickstart/domains/religion/train.parquet"

@@ -3,10 +3,11 @@
 
 Both are whole processes, embed with the shipped static table and tokenize with the same BPE. Also prints the peak memory.
 """
-from peers import arguments, compare, documents, note, run
+from peers import arguments, compare, documents, note
 import pathlib, statistics, sys
 import pyarrow.parquet as pq
 import selection
+from processes import run
 
 peaks = {"ours": [], "peer": []}
 

@@ -48,7 +48,7 @@ connection.execute(f"CREATE VIEW tree AS FROM read_parquet('{folder}/tree.parque
 
 def peer():
     connection.execute(f"CREATE OR REPLACE TABLE counts AS {counts}")
-    return connection.execute(query).fetch_arrow_table()
+    return connection.sql(query).to_arrow_table()
 
 
 def agree():
