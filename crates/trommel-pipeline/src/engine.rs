@@ -62,14 +62,18 @@ impl Engine {
     /// An engine with `threads` workers (at least 1) that spills into `spill`.
     pub fn new(threads: usize, spill: PathBuf, progress: Arc<dyn Progress>, interrupt: Interrupt) -> Result<Engine> {
         let failed = |e: String| Error::system(format!("cannot start the query engine: {e}"));
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads.max(1)).enable_all().build();
+        let threads = threads.max(1);
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        // Files are read on threads of their own, each of which keeps memory for a while; without a limit, a table of many
+        // files begins with as many. None of them waits for another.
+        let runtime = runtime.worker_threads(threads).max_blocking_threads(2 * threads).enable_all().build();
         create_folder(&spill)?;
         let environment = RuntimeEnvBuilder::new()
             .with_disk_manager_builder(DiskManagerBuilder::default().with_mode(DiskManagerMode::Directories(vec![spill])))
             .build()
             .map_err(|e| failed(e.to_string()))?;
         let runtime = runtime.map_err(|e| failed(e.to_string()))?;
-        Ok(Engine { runtime, environment, threads: threads.max(1), progress, interrupt })
+        Ok(Engine { runtime, environment, threads, progress, interrupt })
     }
 
     /// A session that knows `functions`, where rows keep the order of their files.
