@@ -48,6 +48,7 @@ const WHOLE_TILES: Configuration = Configuration {
 };
 
 /// Memory for what does not fill a block.
+#[repr(align(64))]
 struct Scratch {
     left: [u32; BLOCK * DEPTH],
     right: [u32; TILE * BLOCK],

@@ -19,8 +19,7 @@
 //!   dV = shares dO      dK = dscores Q                        in O only, after the product
 //! ```
 //!
-//! Scores are products in `f32` always: they are exponents, so what rounding takes from them counts more than from any other
-//! operand. The other products are in the precision that the caller asks for.
+//! All products are in the precision that the caller asks for; scores, like every sum, are `f32`.
 //!
 //! A sequence arrives as packed rows: `qkv` is (time, 3 * heads * head), queries first, already turned to their positions.
 
@@ -159,13 +158,13 @@ impl Scratch {
         let (narrow, wide, rows) = (|| Panels::narrow(precision), || Panels::wide(precision), || Rows::new(precision));
         Scratch {
             precision,
-            keys: Rows::new(Precision::F32),
+            keys: rows(),
             values: rows(),
             key_panels: narrow(),
             value_panels: narrow(),
             query_panels: narrow(),
             gradient_panels: narrow(),
-            queries: Panels::wide(Precision::F32),
+            queries: wide(),
             gradients: wide(),
             shares: wide(),
             share_rows: rows(),
@@ -187,7 +186,7 @@ impl Scratch {
 }
 
 /// Writes the heads' outputs to `out` (time, heads * head) and the logarithm of each query's sum of exponentials to
-/// `log_sums` (heads, time), which the backward pass needs. Products but for the scores are in `precision`.
+/// `log_sums` (heads, time), which the backward pass needs.
 pub fn forward(
     shape: Shape,
     precision: Precision,

@@ -93,11 +93,13 @@ pub(crate) fn fetch(row: &[u32], first: usize, columns: usize) {
 vectorized! {
     /// The numbers of pairs, in their order; as many as `numbers` holds.
     pub(crate) fn unpair(pairs: &[u32], numbers: &mut [f32]) {
-        for (numbers, pair) in numbers.chunks_mut(2).zip(pairs) {
-            numbers[0] = f32::from_bits(pair << 16);
-            if let Some(number) = numbers.get_mut(1) {
-                *number = f32::from_bits(pair & 0xffff_0000);
-            }
+        // Two at a time without a condition, or the compiler writes each number by itself.
+        let (whole, last) = numbers.as_chunks_mut::<2>();
+        for (numbers, pair) in whole.iter_mut().zip(pairs) {
+            *numbers = [f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000)];
+        }
+        if let ([number], Some(pair)) = (last, pairs.get(whole.len())) {
+            *number = f32::from_bits(pair << 16);
         }
     }
 }

@@ -100,7 +100,7 @@ impl Output<'_> {
         let words = &mut scratch.words;
         words.pack(Matrix::new(self.embedding, self.vocab(), self.width).transposed());
         losses.par_chunks_mut(TASK_ROWS).with_max_len(1).enumerate().for_each(|(task, losses)| {
-            self.run(task * TASK_ROWS, words, None, 0.0, losses, |_| {});
+            self.run(task * TASK_ROWS, words, None, 0.0, losses, |_, _| {});
         });
     }
 
@@ -137,7 +137,8 @@ impl Output<'_> {
             let tasks = tasks.zip(losses.par_chunks_mut(TASK_ROWS)).zip(hidden_gradient.par_chunks_mut(TASK_ROWS * width));
             tasks.for_each(|(((task, mut gradients), losses), hidden_gradient)| {
                 let rows = losses.len();
-                self.run(first + task * TASK_ROWS, words, teacher, scale, losses, |logits| gradients.store(logits));
+                let store = |row: usize, logits: &[f32]| gradients.store(row, Matrix::new(logits, 1, vocab));
+                self.run(first + task * TASK_ROWS, words, teacher, scale, losses, store);
                 let out = MatrixMut::new(hidden_gradient, rows, width);
                 embedding.multiply_from(0, out, Target::Overwrite, gradients.operand());
             });
@@ -155,7 +156,8 @@ impl Output<'_> {
         assert!(self.hidden.len() == rows * width && self.embedding.len() == self.vocab() * width && losses.len() == rows);
     }
 
-    /// Writes the `losses` of the rows from `first` on, and shows `use_logits` the gradient of their logits.
+    /// Writes the `losses` of the rows from `first` on, and shows `use_gradient` the gradient of each row's logits while it lies
+    /// in a cache.
     fn run(
         &self,
         first: usize,
@@ -163,21 +165,27 @@ impl Output<'_> {
         teacher: Option<(Teacher<'_>, &Panels)>,
         scale: f32,
         losses: &mut [f32],
-        use_logits: impl FnOnce(Matrix<'_>),
+        mut use_gradient: impl FnMut(usize, &[f32]),
     ) {
-        let (vocab, rows) = (self.vocab(), losses.len());
-        let targets = &self.targets[first..first + rows];
+        let vocab = self.vocab();
+        let at = first..first + losses.len();
+        let targets = &self.targets[at.clone()];
         LOGITS.with_borrow_mut(|[logits, taught, softened]| {
-            let logits = logits_of(logits, self.hidden, self.width, words, vocab, first..first + rows);
-            match teacher {
-                None => rows_of_losses(logits, targets, scale, losses),
-                Some((teacher, taught_words)) => {
-                    let taught = logits_of(taught, teacher.hidden, teacher.width, taught_words, vocab, first..first + rows);
-                    softened.resize(vocab, 0.0);
-                    distilled_losses(logits, taught, softened, targets, [teacher.weight, teacher.temperature], scale, losses);
+            let logits = logits_of(logits, self.hidden, self.width, words, vocab, at.clone());
+            let mut taught = teacher.map(|(teacher, taught_words)| {
+                softened.resize(vocab, 0.0);
+                (teacher, logits_of(taught, teacher.hidden, teacher.width, taught_words, vocab, at))
+            });
+            for (row, (logits, (target, loss))) in logits.chunks_exact_mut(vocab).zip(targets.iter().zip(losses)).enumerate() {
+                match &mut taught {
+                    None => *loss = loss_of(logits, *target, scale),
+                    Some((teacher, taught)) => {
+                        let taught = &mut taught[row * vocab..(row + 1) * vocab];
+                        *loss = distilled_loss(logits, taught, softened, *target, [teacher.weight, teacher.temperature], scale);
+                    }
                 }
+                use_gradient(row, logits);
             }
-            use_logits(Matrix::new(logits, rows, vocab));
         });
     }
 }
@@ -202,72 +210,62 @@ fn logits_of<'a>(
 }
 
 vectorized! {
-    /// [`rows_of_losses`] with a share of the loss against the distributions of the `taught` logits, which it overwrites;
-    /// `softened` (vocab) is memory for one row. The gradient of a logit is
-    /// `(1 - weight) (p - target) + weight * temperature (p_softened - q)`.
-    fn distilled_losses(
+    /// [`loss_of`] with a share of the loss against the distribution of the `taught` logits, which it overwrites; `softened`
+    /// (vocab) is memory. The gradient of a logit is `(1 - weight) (p - target) + weight * temperature (p_softened - q)`.
+    fn distilled_loss(
         logits: &mut [f32],
         taught: &mut [f32],
         softened: &mut [f32],
-        targets: &[u32],
+        target: u32,
         share: [f32; 2],
         scale: f32,
-        losses: &mut [f32],
-    ) {
-        let (vocab, [weight, temperature]) = (softened.len(), share);
-        let (rows, taught_rows) = (logits.chunks_exact_mut(vocab), taught.chunks_exact_mut(vocab));
-        for (((logits, taught), target), loss) in rows.zip(taught_rows).zip(targets).zip(losses) {
-            if *target == IGNORED {
-                logits.fill(0.0);
-                *loss = 0.0;
-                continue;
-            }
-            for ((softened, logit), taught) in softened.iter_mut().zip(logits.iter()).zip(taught.iter_mut()) {
-                *softened = logit / temperature;
-                *taught /= temperature;
-            }
-            let largest = crate::attention::maximum(taught);
-            let taught_sum = exp_sum(taught, largest);
-            let product = dot(taught, softened) / taught_sum;
-            let largest = crate::attention::maximum(softened);
-            let softened_sum = exp_sum(softened, largest);
-            let against_teacher = largest + softened_sum.ln() - product;
-
-            let at_target = logits[*target as usize];
-            let largest = crate::attention::maximum(logits);
-            let sum = exp_sum(logits, largest);
-            let against_target = largest + sum.ln() - at_target;
-            *loss = (1.0 - weight) * against_target + weight * temperature * temperature * against_teacher;
-            let (own, soft) = (scale * (1.0 - weight) / sum, scale * weight * temperature / softened_sum);
-            let theirs = scale * weight * temperature / taught_sum;
-            for ((logit, softened), taught) in logits.iter_mut().zip(softened.iter()).zip(taught.iter()) {
-                *logit = own * *logit + soft * softened - theirs * taught;
-            }
-            logits[*target as usize] -= scale * (1.0 - weight);
+    ) -> f32 {
+        let [weight, temperature] = share;
+        if target == IGNORED {
+            logits.fill(0.0);
+            return 0.0;
         }
+        for ((softened, logit), taught) in softened.iter_mut().zip(logits.iter()).zip(taught.iter_mut()) {
+            *softened = logit / temperature;
+            *taught /= temperature;
+        }
+        let largest = crate::attention::maximum(taught);
+        let taught_sum = exp_sum(taught, largest);
+        let product = dot(taught, softened) / taught_sum;
+        let largest = crate::attention::maximum(softened);
+        let softened_sum = exp_sum(softened, largest);
+        let against_teacher = largest + softened_sum.ln() - product;
+
+        let at_target = logits[target as usize];
+        let largest = crate::attention::maximum(logits);
+        let sum = exp_sum(logits, largest);
+        let against_target = largest + sum.ln() - at_target;
+        let (own, soft) = (scale * (1.0 - weight) / sum, scale * weight * temperature / softened_sum);
+        let theirs = scale * weight * temperature / taught_sum;
+        for ((logit, softened), taught) in logits.iter_mut().zip(softened.iter()).zip(taught.iter()) {
+            *logit = own * *logit + soft * softened - theirs * taught;
+        }
+        logits[target as usize] -= scale * (1.0 - weight);
+        (1.0 - weight) * against_target + weight * temperature * temperature * against_teacher
     }
 }
 
 vectorized! {
-    /// Writes each row's loss, and replaces the row of logits by `scale * (softmax - target)`, its gradient.
-    fn rows_of_losses(logits: &mut [f32], targets: &[u32], scale: f32, losses: &mut [f32]) {
-        let vocab = logits.len() / targets.len();
-        for ((logits, target), loss) in logits.chunks_exact_mut(vocab).zip(targets).zip(losses) {
-            if *target == IGNORED {
-                logits.fill(0.0);
-                *loss = 0.0;
-                continue;
-            }
-            let at_target = logits[*target as usize];
-            let largest = crate::attention::maximum(logits);
-            let sum = exp_sum(logits, largest);
-            *loss = largest + sum.ln() - at_target;
-            let share = scale / sum;
-            for logit in logits.iter_mut() {
-                *logit *= share;
-            }
-            logits[*target as usize] -= scale;
+    /// The loss of a row, whose logits it replaces by `scale * (softmax - target)`, their gradient.
+    fn loss_of(logits: &mut [f32], target: u32, scale: f32) -> f32 {
+        if target == IGNORED {
+            logits.fill(0.0);
+            return 0.0;
         }
+        let at_target = logits[target as usize];
+        let largest = crate::attention::maximum(logits);
+        let sum = exp_sum(logits, largest);
+        let share = scale / sum;
+        for logit in logits.iter_mut() {
+            *logit *= share;
+        }
+        logits[target as usize] -= scale;
+        largest + sum.ln() - at_target
     }
 }
 

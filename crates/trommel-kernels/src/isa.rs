@@ -11,7 +11,7 @@ use crate::amx;
 pub enum Isa {
     /// What every processor of the target has.
     Portable,
-    /// AVX2, BMI1 and BMI2.
+    /// AVX2, FMA, BMI1 and BMI2.
     Avx2,
     /// AVX-512 F, BW, CD, DQ and VL.
     Avx512,
@@ -64,7 +64,10 @@ impl Isa {
 
     #[cfg(target_arch = "x86_64")]
     fn detected() -> Isa {
-        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("bmi1") && is_x86_feature_detected!("bmi2");
+        let avx2 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("bmi1")
+            && is_x86_feature_detected!("bmi2");
         let avx512 = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512cd")

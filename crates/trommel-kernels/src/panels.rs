@@ -135,6 +135,20 @@ impl Panels {
         });
     }
 
+    /// [`Panels::multiply`] with a left operand whose rows `make` writes to `row` one after the other, so that each is rounded
+    /// while it lies in the first cache. `make` multiplies nothing itself.
+    pub fn multiply_made(&self, out: MatrixMut<'_>, target: Target, row: &mut [f32], mut make: impl FnMut(usize, &mut [f32])) {
+        assert_eq!(row.len(), self.rows, "inner sizes of a product differ");
+        self.with_left(|left| {
+            left.reserve(out.rows, self.rows);
+            for i in 0..out.rows {
+                make(i, row);
+                left.store(i, Matrix::new(row, 1, self.rows));
+            }
+            self.multiply_from(0, out, target, left.operand(0));
+        });
+    }
+
     /// Lends the memory for a left operand.
     fn with_left(&self, work: impl FnOnce(&mut Rows)) {
         LEFT.with_borrow_mut(|rows| {
@@ -409,7 +423,7 @@ mod tests {
                     packed.reserve(rows, columns);
                     for (i, mut part) in packed.parts(4, rows).into_iter().enumerate() {
                         let here = &x[4 * i * columns..(4 * (i + 1) * columns).min(x.len())];
-                        part.store(Matrix::new(here, here.len() / columns, columns));
+                        part.store(0, Matrix::new(here, here.len() / columns, columns));
                     }
                     let mut back = vec![0.0; rows * columns];
                     packed.load(0, &mut back);

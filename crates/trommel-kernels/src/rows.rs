@@ -1,6 +1,8 @@
 //! Left operands of products, in the numbers that their precision is multiplied in: rounded and paired once for several
 //! products, and kept instead of `f32` where only products read them.
 
+use aligned_vec::{AVec, ConstAlign};
+
 use crate::bf16::{fetch, interleave, interleave_pairs, pair_up, round_all, unpair};
 use crate::isa::Isa;
 use crate::matmul::Matrix;
@@ -10,33 +12,36 @@ use crate::tiles::Left;
 /// Pairs of rows that are asked for before they are turned.
 const AHEAD: usize = 8;
 
+/// Numbers from the border of a cache line on: a register, or the row of a tile, that is read across one costs two reads.
+type Lines<T> = AVec<T, ConstAlign<64>>;
+
 /// The numbers of an operand, left or right.
 #[derive(Debug)]
 pub(crate) enum Numbers {
     /// As they are.
-    Whole(Vec<f32>),
+    Whole(Lines<f32>),
     /// Rounded to `bf16`: where no instruction multiplies pairs.
-    Rounded(Vec<f32>),
+    Rounded(Lines<f32>),
     /// Pairs of `bf16` along the depth of the product, the first one in the low half.
-    Paired(Vec<u32>),
+    Paired(Lines<u32>),
 }
 
 impl Numbers {
     /// None yet.
     pub(crate) fn new(isa: Isa, precision: Precision) -> Numbers {
         match precision {
-            Precision::F32 => Numbers::Whole(Vec::new()),
-            Precision::Bf16 if isa >= Isa::Avx512Bf16 => Numbers::Paired(Vec::new()),
-            Precision::Bf16 => Numbers::Rounded(Vec::new()),
+            Precision::F32 => Numbers::Whole(Lines::new(0)),
+            Precision::Bf16 if isa >= Isa::Avx512Bf16 => Numbers::Paired(Lines::new(0)),
+            Precision::Bf16 => Numbers::Rounded(Lines::new(0)),
         }
     }
 
     /// None, of the same kind.
     pub(crate) fn like(&self) -> Numbers {
         match self {
-            Numbers::Whole(_) => Numbers::Whole(Vec::new()),
-            Numbers::Rounded(_) => Numbers::Rounded(Vec::new()),
-            Numbers::Paired(_) => Numbers::Paired(Vec::new()),
+            Numbers::Whole(_) => Numbers::Whole(Lines::new(0)),
+            Numbers::Rounded(_) => Numbers::Rounded(Lines::new(0)),
+            Numbers::Paired(_) => Numbers::Paired(Lines::new(0)),
         }
     }
 
@@ -99,13 +104,13 @@ impl Rows {
     /// Replaces the rows from `first` on by those of `rows`, whose numbers lie side by side.
     pub fn store(&mut self, first: usize, rows: Matrix<'_>) {
         assert_eq!(self.step, 1, "rows of another shape");
-        let (columns, steps, from) = (self.columns, self.steps, first * self.row);
+        let (columns, steps) = (self.columns, self.steps);
         let numbers = match &mut self.numbers {
-            Numbers::Whole(numbers) => NumbersMut::Whole(&mut numbers[from..]),
-            Numbers::Rounded(numbers) => NumbersMut::Rounded(&mut numbers[from..]),
-            Numbers::Paired(pairs) => NumbersMut::Paired(&mut pairs[from..]),
+            Numbers::Whole(numbers) => NumbersMut::Whole(numbers),
+            Numbers::Rounded(numbers) => NumbersMut::Rounded(numbers),
+            Numbers::Paired(pairs) => NumbersMut::Paired(pairs),
         };
-        RowsMut { columns, steps, numbers }.store(rows);
+        RowsMut { columns, steps, numbers }.store(first, rows);
     }
 
     /// Parts of `rows` rows each, for as many tasks, of `count` rows in all.
@@ -210,23 +215,24 @@ enum NumbersMut<'a> {
 }
 
 impl RowsMut<'_> {
-    /// Replaces the first rows by those of `rows`, whose numbers lie side by side.
-    pub(crate) fn store(&mut self, rows: Matrix<'_>) {
+    /// Replaces the rows from `first` on by those of `rows`, whose numbers lie side by side.
+    pub(crate) fn store(&mut self, first: usize, rows: Matrix<'_>) {
         assert!(rows.columns == self.columns && rows.column_stride == 1, "rows of another shape");
         let lines = (0..rows.rows).map(|row| &rows.data[row * rows.row_stride..][..rows.columns]);
-        let len = rows.rows * self.steps;
+        let (from, len) = (first * self.steps, rows.rows * self.steps);
         match &mut self.numbers {
-            NumbersMut::Whole(numbers) => copy(numbers, lines),
+            NumbersMut::Whole(numbers) => copy(&mut numbers[from..], lines),
             NumbersMut::Rounded(numbers) => {
-                copy(numbers, lines);
-                round_all(&mut numbers[..len]);
+                copy(&mut numbers[from..], lines);
+                round_all(&mut numbers[from..from + len]);
             }
             // Rows of even length without gaps are one row.
             NumbersMut::Paired(pairs) if rows.columns.is_multiple_of(2) && rows.row_stride == rows.columns => {
-                pair_up(&rows.data[..2 * len], &mut pairs[..len]);
+                pair_up(&rows.data[..2 * len], &mut pairs[from..from + len]);
             }
             NumbersMut::Paired(pairs) => {
-                pairs.chunks_exact_mut(self.steps.max(1)).zip(lines).for_each(|(pairs, line)| pair_up(line, pairs));
+                let pairs = pairs[from..].chunks_exact_mut(self.steps.max(1));
+                pairs.zip(lines).for_each(|(pairs, line)| pair_up(line, pairs));
             }
         }
     }

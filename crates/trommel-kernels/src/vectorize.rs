@@ -18,11 +18,11 @@ macro_rules! vectorized {
             fn body($($arg: $type),*) $(-> $return)? $body
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,bmi1,bmi2")]
+                #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi1,bmi2")]
                 fn avx512($($arg: $type),*) $(-> $return)? {
                     body($($arg),*)
                 }
-                #[target_feature(enable = "avx2,bmi1,bmi2")]
+                #[target_feature(enable = "avx2,fma,bmi1,bmi2")]
                 fn avx2($($arg: $type),*) $(-> $return)? {
                     body($($arg),*)
                 }
@@ -77,17 +77,17 @@ pub(crate) fn exp(x: f32) -> f32 {
     // A comparison that NaN fails keeps NaN, where `f32::max` would drop it.
     let x = if x < -87.3 { -87.3 } else { x };
     let x = if x > 88.3 { 88.3 } else { x };
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
     // ln 2 in two parts, so that n * LN2_HIGH is exact. [Cephes expf]
-    let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
-    let p = 1.987_569_1e-4;
-    let p = p * r + 1.398_199_9e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 0.5;
-    let mantissa = p * r * r + r + 1.0;
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
+    let p = 1.987_569_1e-4f32;
+    let p = p.mul_add(r, 1.398_199_9e-3);
+    let p = p.mul_add(r, 8.333_452e-3);
+    let p = p.mul_add(r, 4.166_579_6e-2);
+    let p = p.mul_add(r, 1.666_666_5e-1);
+    let p = p.mul_add(r, 0.5);
+    let mantissa = (p * r).mul_add(r, r) + 1.0;
     let exponent = shifted.to_bits().wrapping_add(127) << 23;
     mantissa * f32::from_bits(exponent)
 }

@@ -36,11 +36,16 @@ pub(crate) fn mask(starts: &Tensor) -> Result<Tensor> {
     seen.where_cond(&zero.broadcast_as(seen.shape())?, &never.broadcast_as(seen.shape())?)?.unsqueeze(1)
 }
 
-/// Attention of turned `q`, `k` and of `v`, each (batch, heads, time, head), under [`mask`].
-pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor) -> Result<Tensor> {
+/// Attention of turned `q`, `k` and of `v`, each (batch, heads, time, head), under [`mask`]; in `bf16` they are rounded, and so
+/// are the shares and the result, as by PyTorch's autocast.
+pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, precision: Precision) -> Result<Tensor> {
+    let rounded = |x: &Tensor| match precision {
+        Precision::F32 => x.contiguous(),
+        Precision::Bf16 => x.to_dtype(DType::BF16)?.to_dtype(DType::F32)?.contiguous(),
+    };
     let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
-    let scores = (q.contiguous()?.matmul(&k.transpose(2, 3)?.contiguous()?)? * scale)?.broadcast_add(mask)?;
-    log_softmax(&scores)?.exp()?.matmul(&v.contiguous()?)
+    let scores = (rounded(q)?.matmul(&rounded(&k.transpose(2, 3)?)?)? * scale)?.broadcast_add(mask)?;
+    rounded(&rounded(&log_softmax(&scores)?.exp()?)?.matmul(&rounded(v)?)?)
 }
 
 /// The logarithm of the softmax over the last dimension.

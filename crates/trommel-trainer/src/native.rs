@@ -9,6 +9,7 @@
 //!   backward   per layer:    per sequence: gradients of rows    | meet |  per block of weight rows: sum over sequences
 //! ```
 //!
+//! The sums of a layer's weights go beside the rows of the layer below, so that threads which have no sequence left take blocks.
 //! Tasks are cut by the problem (a sequence, a block of rows) and sums run in the order of sequences, so results have the
 //! same bits at any thread count. The tape of `crate::tape` is the oracle in the tests.
 
@@ -42,31 +43,34 @@ pub(crate) struct Native {
     panels: Vec<LayerPanels>,
     backward_panels: LayerPanels,
     sequences: Vec<Sequence>,
-    hidden: Vec<f32>,          // (sequences, time, width)
-    hidden_gradient: Vec<f32>, // (sequences, time, width)
-    losses: Vec<f32>,          // (sequences, time)
+    operands: [Vec<Operands>; 2], // of the layer at hand and of the one above it, for each sequence
+    hidden: Vec<f32>,             // (sequences, time, width)
+    hidden_gradient: Vec<f32>,    // (sequences, time, width)
+    losses: Vec<f32>,             // (sequences, time)
     scratch: cross_entropy::Scratch,
 }
 
-/// What the forward pass of one sequence keeps for the backward pass, and what one layer's backward pass leaves for the
-/// gradients of its weights. Rows that only products read are kept as these read them.
-#[derive(Debug)]
+/// What the forward pass of one sequence keeps for the backward pass.
+#[derive(Debug, Default)]
 struct Sequence {
     inputs: Vec<Vec<f32>>, // layers + 1 times (time, width): the residual stream before each layer and after the last
     layers: Vec<LayerRows>,
-    out_gradient: Vec<f32>,    // (time, width), of the residual stream after the layer at hand
-    middle_gradient: Vec<f32>, // (time, width), of the residual stream between attention and MLP
-    in_gradient: Vec<f32>,     // (time, width), of the residual stream before the layer
-    out_rows: Rows,            // (time, width), `out_gradient`
-    packed_rows: Rows,         // (time, packed * mlp), the gradient of `LayerRows::packed`
-    middle_rows: Rows,         // (time, width), `middle_gradient`
-    qkv_rows: Rows,            // (time, 3 * width), the gradient of `LayerRows::qkv`
-    mlp_inputs: Panels,        // (time, mlp), what went into the layer's weights; see `weight_gradients`
-    up_inputs: Panels,         // (time, width)
-    output_inputs: Panels,     // (time, width)
-    qkv_inputs: Panels,        // (time, width)
-    normed: Vec<f32>,          // (time, width)
-    gains: [Vec<f32>; 2],      // (width) each: gradients of the two norms' gains
+    gradient: Vec<f32>, // (time, width), of the residual stream where the backward pass is
+    normed: Vec<f32>,   // (time, width)
+}
+
+/// What one layer's backward pass of one sequence leaves for the gradients of its weights, as the products read it.
+#[derive(Debug)]
+struct Operands {
+    out_rows: Rows,        // (time, width), the gradient of the residual stream after the layer
+    packed_rows: Rows,     // (time, packed * mlp), the gradient of `LayerRows::packed`
+    middle_rows: Rows,     // (time, width), the gradient of the residual stream between attention and MLP
+    qkv_rows: Rows,        // (time, 3 * width), the gradient of `LayerRows::qkv`
+    mlp_inputs: Panels,    // (time, mlp), what went into the layer's weights; see `weight_tasks`
+    up_inputs: Panels,     // (time, width)
+    output_inputs: Panels, // (time, width)
+    qkv_inputs: Panels,    // (time, width)
+    gains: [Vec<f32>; 2],  // (width) each: gradients of the two norms' gains
 }
 
 #[derive(Debug)]
@@ -109,16 +113,16 @@ struct Scratch {
     rows: Vec<f32>,            // (time, width)
     qkv_gradient: Vec<f32>,    // (time, 3 * width)
     packed: Vec<f32>,          // (POSITIONS, packed * mlp)
-    packed_gradient: Vec<f32>, // (POSITIONS, packed * mlp)
-    mlp_rows: Vec<f32>,        // (POSITIONS, mlp), the activation
+    packed_gradient: Vec<f32>, // (packed * mlp), of one position
+    mlp_rows: Vec<f32>,        // (POSITIONS, mlp), the activation; of one position in the forward pass
 }
 
 impl Scratch {
     fn resize(&mut self, time: usize, config: &Config) {
         self.rows.resize(time * config.width, 0.0);
         self.qkv_gradient.resize(time * 3 * config.width, 0.0);
-        let packed = POSITIONS * config.activation.packed() * config.mlp;
-        self.packed.resize(packed, 0.0);
+        let packed = config.activation.packed() * config.mlp;
+        self.packed.resize(POSITIONS * packed, 0.0);
         self.packed_gradient.resize(packed, 0.0);
         self.mlp_rows.resize(POSITIONS * config.mlp, 0.0);
     }
@@ -157,6 +161,7 @@ impl Native {
             panels: Vec::new(),
             backward_panels: LayerPanels::new(precision),
             sequences: Vec::new(),
+            operands: Default::default(),
             hidden: Vec::new(),
             hidden_gradient: Vec::new(),
             losses: Vec::new(),
@@ -215,6 +220,9 @@ impl Native {
     ) {
         assert_eq!(parameters.len(), gradient.len());
         self.forward(parameters, batch);
+        for operands in &mut self.operands {
+            operands.resize_with(batch.sequences(), || Operands::new(self.precision));
+        }
         let config = &self.config;
         let width = config.width;
         let (table_gradient, layer_gradients) = gradient.split_at_mut(config.vocab * width);
@@ -225,30 +233,36 @@ impl Native {
         let (losses, hidden_gradient) = (&mut self.losses, &mut self.hidden_gradient);
         output.losses_and_gradients(teacher, scale, losses, hidden_gradient, table_gradient, &mut self.scratch);
 
+        let [operands, above] = &mut self.operands;
         let rows = self.hidden_gradient.par_chunks(batch.time * width);
-        self.sequences
-            .par_iter_mut()
-            .zip(rows)
-            .with_max_len(1)
-            .for_each(|(sequence, gradient)| sequence.leave(config, last_gain, gradient));
-        add_gains(&self.sequences, 0, last_gain_gradient);
+        let sequences = self.sequences.par_iter_mut().zip(&mut *operands);
+        sequences.zip(rows).with_max_len(1).for_each(|((sequence, operands), gradient)| {
+            sequence.leave(config, last_gain, gradient, &mut operands.gains[0]);
+        });
+        add_gains(operands, 0, last_gain_gradient);
 
         let size = layer_sizes(config).iter().sum();
+        let mut gradient_above = None;
         for (layer, gradient) in layer_gradients.chunks_exact_mut(size).enumerate().rev() {
             let weights = Weights::of(config, parameters, layer);
             self.backward_panels.pack(weights, config, |weight| weight);
             let (panels, rotary) = (&self.backward_panels, &self.rotary);
-            let starts = batch.starts.par_chunks(batch.time);
-            self.sequences.par_iter_mut().zip(starts).with_max_len(1).for_each(|(sequence, starts)| {
-                SCRATCH.with_borrow_mut(|scratch| sequence.backward(config, layer, weights, panels, starts, rotary, scratch));
+            let starts = batch.starts.chunks(batch.time);
+            rayon::scope_fifo(|scope| {
+                for ((sequence, operands), starts) in self.sequences.iter_mut().zip(&mut *operands).zip(starts) {
+                    scope.spawn_fifo(move |_| {
+                        SCRATCH.with_borrow_mut(|scratch| {
+                            sequence.backward(config, layer, weights, panels, starts, rotary, operands, scratch);
+                        });
+                    });
+                }
+                spawn_weight_gradients(scope, config, above, gradient_above.replace(gradient));
             });
-            weight_gradients(config, &self.sequences, gradient);
-            for sequence in &mut self.sequences {
-                std::mem::swap(&mut sequence.out_gradient, &mut sequence.in_gradient);
-            }
+            std::mem::swap(operands, above);
         }
+        rayon::scope_fifo(|scope| spawn_weight_gradients(scope, config, above, gradient_above));
         for (sequence, tokens) in self.sequences.iter().zip(batch.tokens.chunks_exact(batch.time)) {
-            embedding::backward(&sequence.out_gradient, width, tokens, table_gradient);
+            embedding::backward(&sequence.gradient, width, tokens, table_gradient);
         }
     }
 
@@ -257,7 +271,7 @@ impl Native {
         assert!(batch.time <= self.config.context, "a sequence is longer than the model's context");
         assert!(batch.tokens.iter().all(|token| (*token as usize) < self.config.vocab), "a token exceeds the vocabulary");
         let (config, width) = (&self.config, self.config.width);
-        self.sequences.resize_with(batch.sequences(), || Sequence::new(self.precision));
+        self.sequences.resize_with(batch.sequences(), Sequence::default);
         for buffer in [&mut self.hidden, &mut self.hidden_gradient] {
             buffer.resize(batch.tokens.len() * width, 0.0);
         }
@@ -280,27 +294,6 @@ impl Native {
 }
 
 impl Sequence {
-    fn new(precision: Precision) -> Self {
-        let (panels, rows) = (|| Panels::new(precision), || Rows::new(precision));
-        Sequence {
-            inputs: Vec::new(),
-            layers: Vec::new(),
-            out_gradient: Vec::new(),
-            middle_gradient: Vec::new(),
-            in_gradient: Vec::new(),
-            out_rows: rows(),
-            packed_rows: rows(),
-            middle_rows: rows(),
-            qkv_rows: rows(),
-            mlp_inputs: panels(),
-            up_inputs: panels(),
-            output_inputs: panels(),
-            qkv_inputs: panels(),
-            normed: Vec::new(),
-            gains: Default::default(),
-        }
-    }
-
     #[expect(clippy::too_many_arguments, reason = "the model, one sequence, and where its rows go")]
     fn forward(
         &mut self,
@@ -325,10 +318,12 @@ impl Sequence {
             rows.resize(time, config);
             let weights = Weights::of(config, parameters, layer);
             let [input, next] = &mut self.inputs[layer..layer + 2] else { unreachable!("two streams border a layer") };
-            let normed = &mut scratch.rows;
 
-            norm::forward(input, weights.attention_gain, config.norm_eps as f32, normed);
-            linear(normed, &panels.qkv, &mut rows.qkv, time, Target::Overwrite);
+            let (gain, eps) = (weights.attention_gain, config.norm_eps as f32);
+            let qkv = MatrixMut::new(&mut rows.qkv, time, 3 * width);
+            panels.qkv.multiply_made(qkv, Target::Overwrite, &mut scratch.rows[..width], |t, normed| {
+                norm::forward(&input[t * width..(t + 1) * width], gain, eps, normed);
+            });
             rotary.apply(&mut rows.qkv, 3 * width, 2 * config.heads, 0, Turn::Forward);
             attention::forward(
                 shape,
@@ -342,25 +337,24 @@ impl Sequence {
             rows.middle.copy_from_slice(input);
             linear(&rows.attended, &panels.output, &mut rows.middle, time, Target::Add);
 
-            norm::forward(&rows.middle, weights.mlp_gain, config.norm_eps as f32, normed);
             next.copy_from_slice(&rows.middle);
-            mlp_forward(config, panels, &mut rows.packed, next, scratch);
+            mlp_forward(config, panels, weights.mlp_gain, &rows.middle, &mut rows.packed, next, scratch);
         }
         let last_gain = &parameters[parameters.len() - width..];
         norm::forward(&self.inputs[config.layers], last_gain, config.norm_eps as f32, hidden);
     }
 
-    /// The backward pass of the last norm: from the gradient of its rows to that of the residual stream.
-    fn leave(&mut self, config: &Config, gain: &[f32], gradient: &[f32]) {
-        self.resize_gradients(gradient.len() / config.width, config);
-        self.out_gradient.fill(0.0);
-        self.gains[0].fill(0.0);
+    /// The backward pass of the last norm: from the gradient of its rows to that of the residual stream, and to that of its gain.
+    fn leave(&mut self, config: &Config, gain: &[f32], gradient: &[f32], gain_gradient: &mut Vec<f32>) {
+        self.normed.resize(gradient.len(), 0.0);
+        self.gradient.resize(gradient.len(), 0.0);
+        self.gradient.fill(0.0);
+        clear(gain_gradient, config.width);
         let (input, normed) = (&self.inputs[config.layers], &mut self.normed);
-        let eps = config.norm_eps as f32;
-        norm::backward(input, gain, eps, gradient, normed, &mut self.out_gradient, &mut self.gains[0]);
+        norm::backward(input, gain, config.norm_eps as f32, gradient, normed, &mut self.gradient, gain_gradient);
     }
 
-    /// The backward pass of one layer's rows, from `out_gradient` to `in_gradient`.
+    /// The backward pass of one layer's rows, which takes `gradient` from behind the layer to before it.
     #[expect(clippy::too_many_arguments, reason = "the model, one layer, and one sequence")]
     fn backward(
         &mut self,
@@ -370,76 +364,68 @@ impl Sequence {
         panels: &LayerPanels,
         starts: &[u32],
         rotary: &Table,
+        operands: &mut Operands,
         scratch: &mut Scratch,
     ) {
         let (time, width, eps) = (starts.len(), config.width, config.norm_eps as f32);
         let shape = Shape { time, heads: config.heads, head: config.head() };
         scratch.resize(time, config);
-        self.gains.iter_mut().for_each(|gain| gain.fill(0.0));
+        operands.gains.iter_mut().for_each(|gain| clear(gain, width));
+        let (rows, normed, stream) = (&self.layers[layer], &mut self.normed, &mut self.gradient);
+        let [attention_gain, mlp_gain] = &mut operands.gains;
 
-        self.out_rows.pack(Matrix::new(&self.out_gradient, time, width));
-        self.mlp_backward(config, layer, panels, time, scratch);
-        let rows = &self.layers[layer];
-        self.middle_gradient.copy_from_slice(&self.out_gradient);
-        let (normed, stream) = (&mut self.normed, &mut self.middle_gradient);
-        norm::backward(&rows.middle, weights.mlp_gain, eps, &scratch.rows, normed, stream, &mut self.gains[1]);
-        self.up_inputs.pack_here(Matrix::new(normed, time, width));
+        operands.out_rows.pack(Matrix::new(stream, time, width));
+        mlp_backward(
+            config,
+            panels,
+            &rows.packed,
+            &operands.out_rows,
+            &mut operands.packed_rows,
+            &mut operands.mlp_inputs,
+            scratch,
+        );
+        norm::backward(&rows.middle, weights.mlp_gain, eps, &scratch.rows, normed, stream, mlp_gain);
+        operands.up_inputs.pack_here(Matrix::new(normed, time, width));
 
-        self.middle_rows.pack(Matrix::new(&self.middle_gradient, time, width));
+        operands.middle_rows.pack(Matrix::new(stream, time, width));
         let out = MatrixMut::new(&mut scratch.rows, time, width);
-        panels.output.multiply_rows(out, Target::Overwrite, &self.middle_rows, 0);
-        self.output_inputs.pack_here(Matrix::new(&rows.attended, time, width));
-        let (out, sums) = (&rows.attended, &rows.log_sums);
+        panels.output.multiply_rows(out, Target::Overwrite, &operands.middle_rows, 0);
+        operands.output_inputs.pack_here(Matrix::new(&rows.attended, time, width));
         attention::backward(
             shape,
             panels.precision,
             &rows.qkv,
             starts,
-            out,
-            sums,
+            &rows.attended,
+            &rows.log_sums,
             &scratch.rows,
             &mut scratch.qkv_gradient,
             &mut scratch.attention,
         );
         rotary.apply(&mut scratch.qkv_gradient, 3 * width, 2 * config.heads, 0, Turn::Backward);
-        self.qkv_rows.pack(Matrix::new(&scratch.qkv_gradient, time, 3 * width));
+        operands.qkv_rows.pack(Matrix::new(&scratch.qkv_gradient, time, 3 * width));
         let out = MatrixMut::new(&mut scratch.rows, time, width);
-        panels.qkv.multiply_rows(out, Target::Overwrite, &self.qkv_rows, 0);
-        self.in_gradient.copy_from_slice(&self.middle_gradient);
-        let (normed, stream) = (&mut self.normed, &mut self.in_gradient);
-        norm::backward(&self.inputs[layer], weights.attention_gain, eps, &scratch.rows, normed, stream, &mut self.gains[0]);
-        self.qkv_inputs.pack_here(Matrix::new(normed, time, width));
+        panels.qkv.multiply_rows(out, Target::Overwrite, &operands.qkv_rows, 0);
+        let input = &self.inputs[layer];
+        norm::backward(input, weights.attention_gain, eps, &scratch.rows, normed, stream, attention_gain);
+        operands.qkv_inputs.pack_here(Matrix::new(normed, time, width));
     }
+}
 
-    /// The backward pass of one layer's MLP: from `out_rows` to the gradient of the normed rows, in `scratch.rows`.
-    fn mlp_backward(&mut self, config: &Config, layer: usize, panels: &LayerPanels, time: usize, scratch: &mut Scratch) {
-        let (width, mlp, packed) = (config.width, config.mlp, config.activation.packed() * config.mlp);
-        self.mlp_inputs.reserve(time, mlp);
-        self.packed_rows.reserve(time, packed);
-        for first in (0..time).step_by(POSITIONS) {
-            let here = POSITIONS.min(time - first);
-            let (mlp_rows, rows) = (&mut scratch.mlp_rows[..here * mlp], &mut scratch.packed[..here * packed]);
-            let gradient = &mut scratch.packed_gradient[..here * packed];
-            panels.down.multiply_rows(MatrixMut::new(mlp_rows, here, mlp), Target::Overwrite, &self.out_rows, first);
-            self.layers[layer].packed.load(first, rows);
-            match config.activation {
-                Activation::SwiGlu => activation::swiglu_backward(rows, mlp, mlp_rows, gradient),
-                Activation::Gelu => activation::gelu_backward(rows, mlp_rows, gradient),
-            }
-            self.mlp_inputs.store(first, Matrix::new(mlp_rows, here, mlp));
-            self.packed_rows.store(first, Matrix::new(gradient, here, packed));
-            let out = MatrixMut::new(&mut scratch.rows[first * width..(first + here) * width], here, width);
-            panels.up.multiply_rows(out, Target::Overwrite, &self.packed_rows, first);
+impl Operands {
+    fn new(precision: Precision) -> Self {
+        let (panels, rows) = (|| Panels::new(precision), || Rows::new(precision));
+        Operands {
+            out_rows: rows(),
+            packed_rows: rows(),
+            middle_rows: rows(),
+            qkv_rows: rows(),
+            mlp_inputs: panels(),
+            up_inputs: panels(),
+            output_inputs: panels(),
+            qkv_inputs: panels(),
+            gains: Default::default(),
         }
-    }
-
-    fn resize_gradients(&mut self, time: usize, config: &Config) {
-        let width = config.width;
-        let streams = [&mut self.out_gradient, &mut self.middle_gradient, &mut self.in_gradient];
-        for rows in streams.into_iter().chain([&mut self.normed]) {
-            rows.resize(time * width, 0.0);
-        }
-        self.gains.iter_mut().for_each(|gain| gain.resize(width, 0.0));
     }
 }
 
@@ -458,22 +444,77 @@ impl LayerRows {
     }
 }
 
-/// Adds one layer's MLP of the normed rows, in `scratch.rows`, to the residual stream `next`; keeps what goes into the
-/// activation in `packed_rows`.
-fn mlp_forward(config: &Config, panels: &LayerPanels, packed_rows: &mut Rows, next: &mut [f32], scratch: &mut Scratch) {
+/// Adds one layer's MLP of the rows `middle`, normed, to the residual stream `next`; keeps what goes into the activation in
+/// `packed_rows`.
+fn mlp_forward(
+    config: &Config,
+    panels: &LayerPanels,
+    gain: &[f32],
+    middle: &[f32],
+    packed_rows: &mut Rows,
+    next: &mut [f32],
+    scratch: &mut Scratch,
+) {
     let (width, mlp, packed) = (config.width, config.mlp, config.activation.packed() * config.mlp);
-    let blocks = scratch.rows.chunks(POSITIONS * width).zip(next.chunks_mut(POSITIONS * width)).enumerate();
-    for (block, (normed, next)) in blocks {
+    let blocks = middle.chunks(POSITIONS * width).zip(next.chunks_mut(POSITIONS * width)).enumerate();
+    for (block, (middle, next)) in blocks {
         let here = next.len() / width;
-        let (rows, mlp_rows) = (&mut scratch.packed[..here * packed], &mut scratch.mlp_rows[..here * mlp]);
-        linear(normed, &panels.up, rows, here, Target::Overwrite);
-        packed_rows.store(block * POSITIONS, Matrix::new(rows, here, packed));
-        match config.activation {
-            Activation::SwiGlu => activation::swiglu_forward(rows, mlp, mlp_rows),
-            Activation::Gelu => activation::gelu_forward(rows, mlp_rows),
-        }
-        linear(mlp_rows, &panels.down, next, here, Target::Add);
+        let rows = &mut scratch.packed[..here * packed];
+        let out = MatrixMut::new(rows, here, packed);
+        panels.up.multiply_made(out, Target::Overwrite, &mut scratch.rows[..width], |t, normed| {
+            norm::forward(&middle[t * width..(t + 1) * width], gain, config.norm_eps as f32, normed);
+        });
+        let out = MatrixMut::new(next, here, width);
+        panels.down.multiply_made(out, Target::Add, &mut scratch.mlp_rows[..mlp], |t, mlp_row| {
+            let row = &rows[t * packed..(t + 1) * packed];
+            packed_rows.store(block * POSITIONS + t, Matrix::new(row, 1, packed));
+            match config.activation {
+                Activation::SwiGlu => activation::swiglu_forward(row, mlp, mlp_row),
+                Activation::Gelu => activation::gelu_forward(row, mlp_row),
+            }
+        });
     }
+}
+
+/// The backward pass of one layer's MLP: from `out_rows` to the gradient of the normed rows, in `scratch.rows`, by way of
+/// that of the `packed` rows, in `packed_rows`; what the activation gave comes again in `mlp_inputs`.
+fn mlp_backward(
+    config: &Config,
+    panels: &LayerPanels,
+    packed: &Rows,
+    out_rows: &Rows,
+    packed_rows: &mut Rows,
+    mlp_inputs: &mut Panels,
+    scratch: &mut Scratch,
+) {
+    let (width, mlp, packed_width) = (config.width, config.mlp, config.activation.packed() * config.mlp);
+    let time = scratch.rows.len() / width;
+    mlp_inputs.reserve(time, mlp);
+    packed_rows.reserve(time, packed_width);
+    for first in (0..time).step_by(POSITIONS) {
+        let here = POSITIONS.min(time - first);
+        let mlp_rows = &mut scratch.mlp_rows[..here * mlp];
+        panels.down.multiply_rows(MatrixMut::new(mlp_rows, here, mlp), Target::Overwrite, out_rows, first);
+        // Row by row, so that what is rounded and what is read again lies in the first cache.
+        let (row, gradient) = (&mut scratch.packed[..packed_width], &mut scratch.packed_gradient);
+        for (t, mlp_row) in (first..).zip(mlp_rows.chunks_exact_mut(mlp)) {
+            packed.load(t, row);
+            match config.activation {
+                Activation::SwiGlu => activation::swiglu_backward(row, mlp, mlp_row, gradient),
+                Activation::Gelu => activation::gelu_backward(row, mlp_row, gradient),
+            }
+            packed_rows.store(t, Matrix::new(gradient, 1, packed_width));
+        }
+        mlp_inputs.store(first, Matrix::new(mlp_rows, here, mlp));
+        let out = MatrixMut::new(&mut scratch.rows[first * width..(first + here) * width], here, width);
+        panels.up.multiply_rows(out, Target::Overwrite, packed_rows, first);
+    }
+}
+
+/// Makes the sums of `width` numbers zero.
+fn clear(sums: &mut Vec<f32>, width: usize) {
+    sums.clear();
+    sums.resize(width, 0.0);
 }
 
 /// `out = x weight`, or `out += x weight`, for `x` (time, in) and the packed `weight` (in, out).
@@ -487,46 +528,53 @@ struct WeightTask<'a> {
     gradient: &'a mut [f32], // (rows, in), rows of the weight from `first`
     first: usize,
     inputs: usize,
-    rows: fn(&Sequence) -> (&Rows, &Panels),
+    operands: fn(&Operands) -> (&Rows, &Panels),
 }
 
-/// Adds the gradients of the layer's weights, which the backward pass of its rows has prepared, to `gradient`.
-fn weight_gradients(config: &Config, sequences: &[Sequence], gradient: &mut [f32]) {
-    let mut rest = gradient;
-    let mut parts = layer_sizes(config).map(|size| {
+/// Starts what adds the gradients of a layer's weights to `gradient`, for which the backward pass of its rows has left `operands`.
+fn spawn_weight_gradients<'a>(
+    scope: &rayon::ScopeFifo<'a>,
+    config: &Config,
+    operands: &'a [Operands],
+    gradient: Option<&'a mut [f32]>,
+) {
+    let Some(mut rest) = gradient else { return };
+    let parts = layer_sizes(config).map(|size| {
         let (part, after) = std::mem::take(&mut rest).split_at_mut(size);
         rest = after;
         part
     });
-    add_gains(sequences, 0, parts[0]);
-    add_gains(sequences, 1, parts[3]);
-    let [_, qkv, output, _, up, down] = &mut parts;
+    add_gains(operands, 0, parts[0]);
+    add_gains(operands, 1, parts[3]);
+    let [_, qkv, output, _, up, down] = parts;
     let mut tasks = Vec::new();
-    add_tasks(&mut tasks, down, config.mlp, |sequence| (&sequence.out_rows, &sequence.mlp_inputs));
-    add_tasks(&mut tasks, up, config.width, |sequence| (&sequence.packed_rows, &sequence.up_inputs));
-    add_tasks(&mut tasks, output, config.width, |sequence| (&sequence.middle_rows, &sequence.output_inputs));
-    add_tasks(&mut tasks, qkv, config.width, |sequence| (&sequence.qkv_rows, &sequence.qkv_inputs));
-    tasks.into_par_iter().with_max_len(1).for_each(|task| task.run(sequences));
+    add_tasks(&mut tasks, down, config.mlp, |operands| (&operands.out_rows, &operands.mlp_inputs));
+    add_tasks(&mut tasks, up, config.width, |operands| (&operands.packed_rows, &operands.up_inputs));
+    add_tasks(&mut tasks, output, config.width, |operands| (&operands.middle_rows, &operands.output_inputs));
+    add_tasks(&mut tasks, qkv, config.width, |operands| (&operands.qkv_rows, &operands.qkv_inputs));
+    for task in tasks {
+        scope.spawn_fifo(move |_| task.run(operands));
+    }
 }
 
-/// Cuts the gradient of one weight into tasks. `rows` names the gradient of the product's rows (time, out) and what went
+/// Cuts the gradient of one weight into tasks. `operands` names the gradient of the product's rows (time, out) and what went
 /// into it (time, in).
 fn add_tasks<'a>(
     tasks: &mut Vec<WeightTask<'a>>,
     gradient: &'a mut [f32],
     inputs: usize,
-    rows: fn(&Sequence) -> (&Rows, &Panels),
+    operands: fn(&Operands) -> (&Rows, &Panels),
 ) {
     for (block, gradient) in gradient.chunks_mut(WEIGHT_ROWS * inputs).enumerate() {
-        tasks.push(WeightTask { gradient, first: block * WEIGHT_ROWS, inputs, rows });
+        tasks.push(WeightTask { gradient, first: block * WEIGHT_ROWS, inputs, operands });
     }
 }
 
 impl WeightTask<'_> {
-    fn run(self, sequences: &[Sequence]) {
+    fn run(self, sequences: &[Operands]) {
         let here = self.gradient.len() / self.inputs;
         for sequence in sequences {
-            let (gradient, inputs) = (self.rows)(sequence);
+            let (gradient, inputs) = (self.operands)(sequence);
             let sums = MatrixMut::new(self.gradient, here, self.inputs);
             inputs.multiply_turned(sums, Target::Add, gradient, self.first);
         }
@@ -534,8 +582,8 @@ impl WeightTask<'_> {
 }
 
 /// Adds each sequence's gradient of a gain, in the order of sequences.
-fn add_gains(sequences: &[Sequence], which: usize, gradient: &mut [f32]) {
-    for sequence in sequences {
+fn add_gains(operands: &[Operands], which: usize, gradient: &mut [f32]) {
+    for sequence in operands {
         for (sum, gain) in gradient.iter_mut().zip(&sequence.gains[which]) {
             *sum += gain;
         }

@@ -298,7 +298,7 @@ impl Tape {
             let normed = rms_norm(&x, weight(first), config.norm_eps)?;
             let turned = |i: usize| rotate(&heads(linear(&normed, weight(i))?)?, &cosines, &sines);
             let (q, k, v) = (turned(first + 1)?, turned(first + 2)?, heads(linear(&normed, weight(first + 3))?)?);
-            let attended = attention(&q, &k, &v, &mask)?.transpose(1, 2)?.reshape((sequences * time, width))?;
+            let attended = attention(&q, &k, &v, &mask, self.precision)?.transpose(1, 2)?.reshape((sequences * time, width))?;
             x = (x + linear(&attended, weight(first + 4))?)?;
 
             let normed = rms_norm(&x, weight(first + 5), config.norm_eps)?;
