@@ -1,6 +1,7 @@
 //! Broken inputs: each has a clear error and leaves nothing half-written.
 
 use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
 use std::sync::Arc;
 
 use arrow::array::{Int64Array, StringArray};
@@ -249,6 +250,27 @@ fn many_files_with_full_samples() {
     assert_eq!(called.code, 0, "{}", called.stderr);
     let sampled = &bench.query("SELECT count(top_terms) AS described FROM clusters WHERE cardinality(top_terms) > 0")[0];
     assert!(sampled["described"].as_u64().unwrap() > 0, "{sampled}");
+}
+
+/// Each thread that reads files keeps memory for a while.
+#[test]
+#[cfg(target_os = "linux")]
+fn many_files_take_no_more_threads() {
+    let bench = Bench::new();
+    corpus().chunks(10).enumerate().for_each(|(file, texts)| bench.write_lines(&format!("corpus/{file}.jsonl"), texts));
+    let mut command = bench.command(&["--threads", "2", "run", "p.yaml", "--until", "shard"]);
+    let mut run = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut most = 0;
+    let ended = loop {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", run.id())).unwrap_or_default();
+        let threads = status.lines().find_map(|line| line.strip_prefix("Threads:")?.trim().parse().ok());
+        most = most.max(threads.unwrap_or(0));
+        if let Some(ended) = run.try_wait().unwrap() {
+            break ended;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    };
+    assert!(ended.success() && (1..30).contains(&most), "{most} threads for 60 files, {ended}");
 }
 
 #[test]

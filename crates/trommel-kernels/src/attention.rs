@@ -256,7 +256,6 @@ pub fn backward(
     let blocks = shape.causal_blocks(starts);
     assert!(out_gradient.len() == out.len() && qkv_gradient.len() == qkv.len());
     scratch.reserve(precision, shape.time);
-    qkv_gradient.fill(0.0);
     let (time, width, head, row) = (shape.time, shape.width(), shape.head, 3 * shape.width());
     for (h, log_sums) in log_sums.chunks_exact(time).enumerate() {
         let [q_at, k_at, v_at] = [0, 1, 2].map(|part| part * width + h * head);
@@ -281,10 +280,14 @@ pub fn backward(
             let along = along(&out[at..], &out_gradient[at..], width, head, queries);
             softmax_backward(scores, score_gradients, block, shape.scale(), &along, &log_sums[from..from + queries]);
 
+            // The keys of earlier blocks have a gradient already; that of the block's own begins here.
+            let earlier = from - block.key;
             let mut add = |at: usize, right: &Panels, left: &[f32]| {
                 scratch.share_rows.pack(Matrix::strided(left, keys, queries, BLOCK));
-                let sums = MatrixMut::strided(&mut qkv_gradient[block.key * row + at..], keys, head, row);
-                right.multiply_from(from, sums, Target::Add, scratch.share_rows.operand(0));
+                for (key, count, target) in [(0, earlier, Target::Add), (earlier, queries, Target::Overwrite)] {
+                    let sums = MatrixMut::strided(&mut qkv_gradient[(block.key + key) * row + at..], count, head, row);
+                    right.multiply_from(from, sums, target, scratch.share_rows.operand(key));
+                }
             };
             add(v_at, &scratch.gradient_panels, scores);
             add(k_at, &scratch.query_panels, score_gradients);

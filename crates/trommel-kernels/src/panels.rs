@@ -464,6 +464,25 @@ mod tests {
     }
 
     #[test]
+    fn rows_that_are_made_multiply_as_if_they_lay_there() {
+        let (rows, depth, columns) = (23, 37, 70);
+        let (a, b) = (numbers(rows * depth, 1), numbers(depth * columns, 2));
+        for precision in [Precision::F32, Precision::Bf16] {
+            for isa in levels(precision) {
+                let mut panels = Panels::for_level(isa, precision, Width::Wide);
+                panels.pack(Matrix::new(&b, depth, columns));
+                let [mut expected, mut out] = [1.0, 1.0].map(|start| vec![start; rows * columns]);
+                panels.multiply(MatrixMut::new(&mut expected, rows, columns), Target::Add, Matrix::new(&a, rows, depth));
+                let product = MatrixMut::new(&mut out, rows, columns);
+                panels.multiply_made(product, Target::Add, &mut vec![0.0; depth], |i, row| {
+                    row.copy_from_slice(&a[i * depth..(i + 1) * depth]);
+                });
+                assert_eq!(out, expected);
+            }
+        }
+    }
+
+    #[test]
     fn a_row_does_not_depend_on_its_neighbours() {
         let (rows, depth, columns) = (70, 300, 70);
         let (a, b) = (numbers(rows * depth, 1), numbers(depth * columns, 2));

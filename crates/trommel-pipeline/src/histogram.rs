@@ -1,13 +1,15 @@
 //! Stage `histogram`: how often each cluster occurs in the corpus, in each domain and in each mixture of domains, and what each
 //! cluster is about.
 
-use std::collections::{HashMap, HashSet};
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, AsArray, Float64Array, ListBuilder, RecordBatch, StringArray, StringBuilder};
 use arrow::datatypes::{DataType, Field, Float64Type, Int64Type, Schema, SchemaRef, UInt32Type};
 use datafusion::prelude::SessionContext;
+use rayon::prelude::*;
 use trommel_core::error::{Error, Result};
 use trommel_spec::plan::Mixture;
 
@@ -158,25 +160,49 @@ fn describe(engine: &Engine, outputs: &Outputs, statistics: Vec<RecordBatch>) ->
 /// The terms that set each cluster apart, by class-based TF-IDF: a term's share of the cluster's windows times the log of
 /// one plus the average number of windows per cluster over the windows that hold the term. [BERTopic, arXiv 2203.05794]
 fn top_terms<'a>(windows: impl Iterator<Item = (u32, &'a str)>) -> HashMap<u32, Vec<String>> {
-    let mut counts: HashMap<u32, (usize, HashMap<String, usize>)> = HashMap::new();
-    let mut overall: HashMap<String, usize> = HashMap::new();
-    for (cluster, text) in windows {
-        let (size, terms) = counts.entry(cluster).or_default();
-        *size += 1;
-        let words = text.split(|c: char| !c.is_alphabetic()).filter(|w| w.chars().count() > 2);
-        for word in words.map(str::to_lowercase).collect::<HashSet<_>>() {
-            *overall.entry(word.clone()).or_default() += 1;
-            *terms.entry(word).or_default() += 1;
+    let mut texts: HashMap<u32, Vec<&str>> = HashMap::new();
+    windows.for_each(|(cluster, text)| texts.entry(cluster).or_default().push(text));
+    let average = texts.values().map(Vec::len).sum::<usize>() as f64 / texts.len().max(1) as f64;
+    let count = |(cluster, texts): (u32, Vec<&'a str>)| (cluster, texts.len(), count_terms(&texts));
+    let counts: Vec<(u32, usize, HashMap<Cow<str>, usize>)> = texts.into_par_iter().map(count).collect();
+    let overall = counts.par_iter().fold(HashMap::new, |sum, (_, _, terms)| added(sum, terms.iter().map(|(t, &n)| (&**t, n))));
+    let overall: HashMap<&str, usize> = overall.reduce(HashMap::new, |a, b| match a.len() < b.len() {
+        true => added(b, a.into_iter()),
+        false => added(a, b.into_iter()),
+    });
+    let rank = |(cluster, size, terms): &(u32, usize, HashMap<Cow<str>, usize>)| {
+        let score = |term: &str, n: usize| n as f64 / *size as f64 * (1.0 + average / overall[term] as f64).ln();
+        let mut scored: Vec<(f64, &str)> = terms.iter().map(|(term, &n)| (score(term, n), &**term)).collect();
+        let order = |a: &(f64, &str), b: &(f64, &str)| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(b.1));
+        if scored.len() > TOP_TERMS {
+            scored.select_nth_unstable_by(TOP_TERMS, order);
+            scored.truncate(TOP_TERMS);
+        }
+        scored.sort_unstable_by(order);
+        (*cluster, scored.into_iter().map(|(_, term)| term.to_owned()).collect())
+    };
+    counts.par_iter().map(rank).collect()
+}
+
+/// How many of the texts hold each term: a word of three letters or more, in lower case.
+fn count_terms<'a>(texts: &[&'a str]) -> HashMap<Cow<'a, str>, usize> {
+    let mut counts: HashMap<Cow<str>, (usize, usize)> = HashMap::new(); // texts, and the number of the last one
+    for (number, text) in texts.iter().enumerate() {
+        for word in text.split(|c: char| !c.is_alphabetic()).filter(|word| word.chars().nth(2).is_some()) {
+            let is_lower = word.bytes().all(|byte| byte.is_ascii_lowercase());
+            let term = if is_lower { Cow::Borrowed(word) } else { Cow::Owned(word.to_lowercase()) };
+            let (texts, last) = counts.entry(term).or_insert((0, usize::MAX));
+            if *last != number {
+                (*texts, *last) = (*texts + 1, number);
+            }
         }
     }
-    let average = counts.values().map(|(size, _)| size).sum::<usize>() as f64 / counts.len().max(1) as f64;
-    let rank = |(size, terms): (usize, HashMap<String, usize>)| {
-        let score = |term: &String, n: usize| n as f64 / size as f64 * (1.0 + average / overall[term] as f64).ln();
-        let mut scored: Vec<(f64, String)> = terms.into_iter().map(|(term, n)| (score(&term, n), term)).collect();
-        scored.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(&b.1)));
-        scored.into_iter().take(TOP_TERMS).map(|(_, term)| term).collect()
-    };
-    counts.into_iter().map(|(cluster, found)| (cluster, rank(found))).collect()
+    counts.into_iter().map(|(term, (texts, _))| (term, texts)).collect()
+}
+
+fn added<'a>(mut sum: HashMap<&'a str, usize>, terms: impl Iterator<Item = (&'a str, usize)>) -> HashMap<&'a str, usize> {
+    terms.for_each(|(term, n)| *sum.entry(term).or_default() += n);
+    sum
 }
 
 #[cfg(test)]

@@ -9,7 +9,6 @@
 //!   backward   per layer:    per sequence: gradients of rows    | meet |  per block of weight rows: sum over sequences
 //! ```
 //!
-//! The sums of a layer's weights go beside the rows of the layer below, so that threads which have no sequence left take blocks.
 //! Tasks are cut by the problem (a sequence, a block of rows) and sums run in the order of sequences, so results have the
 //! same bits at any thread count. The tape of `crate::tape` is the oracle in the tests.
 
@@ -43,20 +42,20 @@ pub(crate) struct Native {
     panels: Vec<LayerPanels>,
     backward_panels: LayerPanels,
     sequences: Vec<Sequence>,
-    operands: [Vec<Operands>; 2], // of the layer at hand and of the one above it, for each sequence
-    hidden: Vec<f32>,             // (sequences, time, width)
-    hidden_gradient: Vec<f32>,    // (sequences, time, width)
-    losses: Vec<f32>,             // (sequences, time)
+    hidden: Vec<f32>,          // (sequences, time, width)
+    hidden_gradient: Vec<f32>, // (sequences, time, width)
+    losses: Vec<f32>,          // (sequences, time)
     scratch: cross_entropy::Scratch,
 }
 
 /// What the forward pass of one sequence keeps for the backward pass.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Sequence {
     inputs: Vec<Vec<f32>>, // layers + 1 times (time, width): the residual stream before each layer and after the last
     layers: Vec<LayerRows>,
     gradient: Vec<f32>, // (time, width), of the residual stream where the backward pass is
     normed: Vec<f32>,   // (time, width)
+    operands: Operands, // of the layer at hand
 }
 
 /// What one layer's backward pass of one sequence leaves for the gradients of its weights, as the products read it.
@@ -66,7 +65,7 @@ struct Operands {
     packed_rows: Rows,     // (time, packed * mlp), the gradient of `LayerRows::packed`
     middle_rows: Rows,     // (time, width), the gradient of the residual stream between attention and MLP
     qkv_rows: Rows,        // (time, 3 * width), the gradient of `LayerRows::qkv`
-    mlp_inputs: Panels,    // (time, mlp), what went into the layer's weights; see `weight_tasks`
+    mlp_inputs: Panels,    // (time, mlp), what went into the layer's weights; see `weight_gradients`
     up_inputs: Panels,     // (time, width)
     output_inputs: Panels, // (time, width)
     qkv_inputs: Panels,    // (time, width)
@@ -161,7 +160,6 @@ impl Native {
             panels: Vec::new(),
             backward_panels: LayerPanels::new(precision),
             sequences: Vec::new(),
-            operands: Default::default(),
             hidden: Vec::new(),
             hidden_gradient: Vec::new(),
             losses: Vec::new(),
@@ -220,9 +218,6 @@ impl Native {
     ) {
         assert_eq!(parameters.len(), gradient.len());
         self.forward(parameters, batch);
-        for operands in &mut self.operands {
-            operands.resize_with(batch.sequences(), || Operands::new(self.precision));
-        }
         let config = &self.config;
         let width = config.width;
         let (table_gradient, layer_gradients) = gradient.split_at_mut(config.vocab * width);
@@ -233,34 +228,22 @@ impl Native {
         let (losses, hidden_gradient) = (&mut self.losses, &mut self.hidden_gradient);
         output.losses_and_gradients(teacher, scale, losses, hidden_gradient, table_gradient, &mut self.scratch);
 
-        let [operands, above] = &mut self.operands;
         let rows = self.hidden_gradient.par_chunks(batch.time * width);
-        let sequences = self.sequences.par_iter_mut().zip(&mut *operands);
-        sequences.zip(rows).with_max_len(1).for_each(|((sequence, operands), gradient)| {
-            sequence.leave(config, last_gain, gradient, &mut operands.gains[0]);
-        });
-        add_gains(operands, 0, last_gain_gradient);
+        let sequences = self.sequences.par_iter_mut().zip(rows).with_max_len(1);
+        sequences.for_each(|(sequence, gradient)| sequence.leave(config, last_gain, gradient));
+        add_gains(&self.sequences, 0, last_gain_gradient);
 
         let size = layer_sizes(config).iter().sum();
-        let mut gradient_above = None;
         for (layer, gradient) in layer_gradients.chunks_exact_mut(size).enumerate().rev() {
             let weights = Weights::of(config, parameters, layer);
             self.backward_panels.pack(weights, config, |weight| weight);
             let (panels, rotary) = (&self.backward_panels, &self.rotary);
-            let starts = batch.starts.chunks(batch.time);
-            rayon::scope_fifo(|scope| {
-                for ((sequence, operands), starts) in self.sequences.iter_mut().zip(&mut *operands).zip(starts) {
-                    scope.spawn_fifo(move |_| {
-                        SCRATCH.with_borrow_mut(|scratch| {
-                            sequence.backward(config, layer, weights, panels, starts, rotary, operands, scratch);
-                        });
-                    });
-                }
-                spawn_weight_gradients(scope, config, above, gradient_above.replace(gradient));
+            let starts = batch.starts.par_chunks(batch.time);
+            self.sequences.par_iter_mut().zip(starts).with_max_len(1).for_each(|(sequence, starts)| {
+                SCRATCH.with_borrow_mut(|scratch| sequence.backward(config, layer, weights, panels, starts, rotary, scratch));
             });
-            std::mem::swap(operands, above);
+            weight_gradients(config, &self.sequences, gradient);
         }
-        rayon::scope_fifo(|scope| spawn_weight_gradients(scope, config, above, gradient_above));
         for (sequence, tokens) in self.sequences.iter().zip(batch.tokens.chunks_exact(batch.time)) {
             embedding::backward(&sequence.gradient, width, tokens, table_gradient);
         }
@@ -271,7 +254,7 @@ impl Native {
         assert!(batch.time <= self.config.context, "a sequence is longer than the model's context");
         assert!(batch.tokens.iter().all(|token| (*token as usize) < self.config.vocab), "a token exceeds the vocabulary");
         let (config, width) = (&self.config, self.config.width);
-        self.sequences.resize_with(batch.sequences(), Sequence::default);
+        self.sequences.resize_with(batch.sequences(), || Sequence::new(self.precision));
         for buffer in [&mut self.hidden, &mut self.hidden_gradient] {
             buffer.resize(batch.tokens.len() * width, 0.0);
         }
@@ -294,6 +277,16 @@ impl Native {
 }
 
 impl Sequence {
+    fn new(precision: Precision) -> Self {
+        Sequence {
+            inputs: Vec::new(),
+            layers: Vec::new(),
+            gradient: Vec::new(),
+            normed: Vec::new(),
+            operands: Operands::new(precision),
+        }
+    }
+
     #[expect(clippy::too_many_arguments, reason = "the model, one sequence, and where its rows go")]
     fn forward(
         &mut self,
@@ -344,11 +337,11 @@ impl Sequence {
         norm::forward(&self.inputs[config.layers], last_gain, config.norm_eps as f32, hidden);
     }
 
-    /// The backward pass of the last norm: from the gradient of its rows to that of the residual stream, and to that of its gain.
-    fn leave(&mut self, config: &Config, gain: &[f32], gradient: &[f32], gain_gradient: &mut Vec<f32>) {
+    /// The backward pass of the last norm: from the gradient of its rows to that of the residual stream.
+    fn leave(&mut self, config: &Config, gain: &[f32], gradient: &[f32]) {
+        let [gain_gradient, _] = &mut self.operands.gains;
         self.normed.resize(gradient.len(), 0.0);
-        self.gradient.resize(gradient.len(), 0.0);
-        self.gradient.fill(0.0);
+        clear(&mut self.gradient, gradient.len());
         clear(gain_gradient, config.width);
         let (input, normed) = (&self.inputs[config.layers], &mut self.normed);
         norm::backward(input, gain, config.norm_eps as f32, gradient, normed, &mut self.gradient, gain_gradient);
@@ -364,26 +357,18 @@ impl Sequence {
         panels: &LayerPanels,
         starts: &[u32],
         rotary: &Table,
-        operands: &mut Operands,
         scratch: &mut Scratch,
     ) {
         let (time, width, eps) = (starts.len(), config.width, config.norm_eps as f32);
         let shape = Shape { time, heads: config.heads, head: config.head() };
         scratch.resize(time, config);
-        operands.gains.iter_mut().for_each(|gain| clear(gain, width));
-        let (rows, normed, stream) = (&self.layers[layer], &mut self.normed, &mut self.gradient);
-        let [attention_gain, mlp_gain] = &mut operands.gains;
+        let Sequence { inputs, layers, gradient: stream, normed, operands } = self;
+        let rows = &layers[layer];
 
         operands.out_rows.pack(Matrix::new(stream, time, width));
-        mlp_backward(
-            config,
-            panels,
-            &rows.packed,
-            &operands.out_rows,
-            &mut operands.packed_rows,
-            &mut operands.mlp_inputs,
-            scratch,
-        );
+        mlp_backward(config, panels, &rows.packed, operands, scratch);
+        operands.gains.iter_mut().for_each(|gain| clear(gain, width));
+        let [attention_gain, mlp_gain] = &mut operands.gains;
         norm::backward(&rows.middle, weights.mlp_gain, eps, &scratch.rows, normed, stream, mlp_gain);
         operands.up_inputs.pack_here(Matrix::new(normed, time, width));
 
@@ -406,8 +391,7 @@ impl Sequence {
         operands.qkv_rows.pack(Matrix::new(&scratch.qkv_gradient, time, 3 * width));
         let out = MatrixMut::new(&mut scratch.rows, time, width);
         panels.qkv.multiply_rows(out, Target::Overwrite, &operands.qkv_rows, 0);
-        let input = &self.inputs[layer];
-        norm::backward(input, weights.attention_gain, eps, &scratch.rows, normed, stream, attention_gain);
+        norm::backward(&inputs[layer], weights.attention_gain, eps, &scratch.rows, normed, stream, attention_gain);
         operands.qkv_inputs.pack_here(Matrix::new(normed, time, width));
     }
 }
@@ -476,17 +460,10 @@ fn mlp_forward(
     }
 }
 
-/// The backward pass of one layer's MLP: from `out_rows` to the gradient of the normed rows, in `scratch.rows`, by way of
-/// that of the `packed` rows, in `packed_rows`; what the activation gave comes again in `mlp_inputs`.
-fn mlp_backward(
-    config: &Config,
-    panels: &LayerPanels,
-    packed: &Rows,
-    out_rows: &Rows,
-    packed_rows: &mut Rows,
-    mlp_inputs: &mut Panels,
-    scratch: &mut Scratch,
-) {
+/// The backward pass of one layer's MLP, whose `packed` rows the forward pass has kept: from the operands' `out_rows` to the
+/// gradient of the normed rows, in `scratch.rows`.
+fn mlp_backward(config: &Config, panels: &LayerPanels, packed: &Rows, operands: &mut Operands, scratch: &mut Scratch) {
+    let Operands { out_rows, packed_rows, mlp_inputs, .. } = operands;
     let (width, mlp, packed_width) = (config.width, config.mlp, config.activation.packed() * config.mlp);
     let time = scratch.rows.len() / width;
     mlp_inputs.reserve(time, mlp);
@@ -511,10 +488,10 @@ fn mlp_backward(
     }
 }
 
-/// Makes the sums of `width` numbers zero.
-fn clear(sums: &mut Vec<f32>, width: usize) {
+/// Replaces the content by `len` zeros.
+fn clear(sums: &mut Vec<f32>, len: usize) {
     sums.clear();
-    sums.resize(width, 0.0);
+    sums.resize(len, 0.0);
 }
 
 /// `out = x weight`, or `out += x weight`, for `x` (time, in) and the packed `weight` (in, out).
@@ -531,30 +508,23 @@ struct WeightTask<'a> {
     operands: fn(&Operands) -> (&Rows, &Panels),
 }
 
-/// Starts what adds the gradients of a layer's weights to `gradient`, for which the backward pass of its rows has left `operands`.
-fn spawn_weight_gradients<'a>(
-    scope: &rayon::ScopeFifo<'a>,
-    config: &Config,
-    operands: &'a [Operands],
-    gradient: Option<&'a mut [f32]>,
-) {
-    let Some(mut rest) = gradient else { return };
+/// Adds the gradients of a layer's weights, which the backward pass of its rows has prepared, to `gradient`.
+fn weight_gradients(config: &Config, sequences: &[Sequence], gradient: &mut [f32]) {
+    let mut rest = gradient;
     let parts = layer_sizes(config).map(|size| {
         let (part, after) = std::mem::take(&mut rest).split_at_mut(size);
         rest = after;
         part
     });
-    add_gains(operands, 0, parts[0]);
-    add_gains(operands, 1, parts[3]);
+    add_gains(sequences, 0, parts[0]);
+    add_gains(sequences, 1, parts[3]);
     let [_, qkv, output, _, up, down] = parts;
     let mut tasks = Vec::new();
     add_tasks(&mut tasks, down, config.mlp, |operands| (&operands.out_rows, &operands.mlp_inputs));
     add_tasks(&mut tasks, up, config.width, |operands| (&operands.packed_rows, &operands.up_inputs));
     add_tasks(&mut tasks, output, config.width, |operands| (&operands.middle_rows, &operands.output_inputs));
     add_tasks(&mut tasks, qkv, config.width, |operands| (&operands.qkv_rows, &operands.qkv_inputs));
-    for task in tasks {
-        scope.spawn_fifo(move |_| task.run(operands));
-    }
+    tasks.into_par_iter().with_max_len(1).for_each(|task| task.run(sequences));
 }
 
 /// Cuts the gradient of one weight into tasks. `operands` names the gradient of the product's rows (time, out) and what went
@@ -571,10 +541,10 @@ fn add_tasks<'a>(
 }
 
 impl WeightTask<'_> {
-    fn run(self, sequences: &[Operands]) {
+    fn run(self, sequences: &[Sequence]) {
         let here = self.gradient.len() / self.inputs;
         for sequence in sequences {
-            let (gradient, inputs) = (self.operands)(sequence);
+            let (gradient, inputs) = (self.operands)(&sequence.operands);
             let sums = MatrixMut::new(self.gradient, here, self.inputs);
             inputs.multiply_turned(sums, Target::Add, gradient, self.first);
         }
@@ -582,9 +552,9 @@ impl WeightTask<'_> {
 }
 
 /// Adds each sequence's gradient of a gain, in the order of sequences.
-fn add_gains(operands: &[Operands], which: usize, gradient: &mut [f32]) {
-    for sequence in operands {
-        for (sum, gain) in gradient.iter_mut().zip(&sequence.gains[which]) {
+fn add_gains(sequences: &[Sequence], which: usize, gradient: &mut [f32]) {
+    for sequence in sequences {
+        for (sum, gain) in gradient.iter_mut().zip(&sequence.operands.gains[which]) {
             *sum += gain;
         }
     }
