@@ -27,7 +27,7 @@ pub(crate) const ROWS: [&str; 12] = [
 /// Builds our side and runs all rows, or `only` one. A row that fails does not keep the others from running.
 pub(crate) fn run(only: Option<&str>, json: Option<&Path>) -> anyhow::Result<()> {
     let root = root();
-    call(Command::new("cargo").args(["build", "--release", "--bins", "--examples"]).current_dir(&root))?;
+    call(Command::new("cargo").args(["build", "--release", "--workspace", "--bins", "--examples"]).current_dir(&root))?;
     let records = root.join(".cache/peers-records");
     fs::create_dir_all(&records)?;
     let (mut found, mut failed) = (Vec::new(), Vec::new());
