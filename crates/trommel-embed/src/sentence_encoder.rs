@@ -48,8 +48,8 @@ impl SentenceEncoder {
             tokenizer,
             lower_case: text.do_lower_case,
             key: folder.key(match precision {
-                Precision::F32 => "sentence-encoder-f32 2",
-                Precision::Bf16 => "sentence-encoder-bf16 2",
+                Precision::F32 => "sentence-encoder-f32 3",
+                Precision::Bf16 => "sentence-encoder-bf16 3",
             }),
         })
     }
