@@ -61,19 +61,13 @@ pub struct Written {
 impl Engine {
     /// An engine with `threads` workers (at least 1) that spills into `spill`.
     pub fn new(threads: usize, spill: PathBuf, progress: Arc<dyn Progress>, interrupt: Interrupt) -> Result<Engine> {
-        let failed = |e: String| Error::system(format!("cannot start the query engine: {e}"));
         let threads = threads.max(1);
-        let mut runtime = tokio::runtime::Builder::new_multi_thread();
-        // Files are read on threads of their own, each of which keeps memory for a while; without a limit, a table of many
-        // files begins with as many. None of them waits for another.
-        let runtime = runtime.worker_threads(threads).max_blocking_threads(2 * threads).enable_all().build();
         create_folder(&spill)?;
         let environment = RuntimeEnvBuilder::new()
             .with_disk_manager_builder(DiskManagerBuilder::default().with_mode(DiskManagerMode::Directories(vec![spill])))
             .build()
-            .map_err(|e| failed(e.to_string()))?;
-        let runtime = runtime.map_err(|e| failed(e.to_string()))?;
-        Ok(Engine { runtime, environment, threads, progress, interrupt })
+            .map_err(not_started)?;
+        Ok(Engine { runtime: runtime(threads)?, environment, threads, progress, interrupt })
     }
 
     /// A session that knows `functions`, where rows keep the order of their files.
@@ -174,6 +168,19 @@ impl Engine {
             outcome
         })
     }
+}
+
+/// What queries run on, with `threads` workers (at least 1).
+///
+/// Files are read on threads of their own, each of which keeps memory for a while; without a limit, a table of many files begins
+/// with as many. None of them waits for another.
+pub fn runtime(threads: usize) -> Result<Runtime> {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    runtime.worker_threads(threads).max_blocking_threads(2 * threads).enable_all().build().map_err(not_started)
+}
+
+fn not_started(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    Error::system("cannot start the query engine").source(error)
 }
 
 /// Registers batches that are in memory as a table, which has the columns of `empty` if there are none.

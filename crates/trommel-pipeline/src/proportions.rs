@@ -15,7 +15,7 @@ use trommel_core::error::{Error, Result};
 use trommel_core::schema::CORPUS;
 
 use crate::catalog;
-use crate::engine::query_error;
+use crate::engine::{query_error, runtime};
 
 /// The cluster tree of a run and what falls to its leaves.
 #[derive(Debug, Clone)]
@@ -43,9 +43,7 @@ pub struct LeafShare {
 impl Proportions {
     /// Reads them from a run directory whose stage `weigh` is done.
     pub fn read(run_dir: &Path) -> Result<Proportions> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.map_err(|e| Error::system("cannot start a thread for queries").source(e))?;
-        runtime.block_on(async {
+        runtime(1)?.block_on(async {
             let session = SessionContext::new();
             catalog::register(&session, run_dir).await?;
             let tree = rows(&session, "SELECT '', cluster_id, coalesce(parent_id, cluster_id), level FROM tree").await?;

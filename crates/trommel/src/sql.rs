@@ -16,7 +16,7 @@ use rustyline::error::ReadlineError;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
 use trommel_core::error::Error;
-use trommel_pipeline::catalog;
+use trommel_pipeline::{catalog, engine};
 
 use crate::args::{Format, SqlArguments};
 
@@ -30,7 +30,7 @@ pub(crate) struct Tables {
 impl Tables {
     /// Opens them.
     pub(crate) fn open(run_dir: &Path) -> anyhow::Result<Tables> {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        let runtime = engine::runtime(rayon::current_num_threads())?;
         let session = SessionContext::new_with_config(SessionConfig::new().with_information_schema(true));
         runtime.block_on(catalog::register(&session, run_dir))?;
         Ok(Tables { runtime, session, run_dir: run_dir.to_path_buf() })
