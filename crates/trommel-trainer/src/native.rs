@@ -48,7 +48,8 @@ pub(crate) struct Native {
     scratch: cross_entropy::Scratch,
 }
 
-/// What the forward pass of one sequence keeps for the backward pass.
+/// What the forward pass of one sequence keeps for the backward pass, and what that has of it at hand. Rows that only products
+/// read are kept as these read them.
 #[derive(Debug)]
 struct Sequence {
     inputs: Vec<Vec<f32>>, // layers + 1 times (time, width): the residual stream before each layer and after the last
@@ -109,11 +110,11 @@ impl LayerPanels {
 #[derive(Default)]
 struct Scratch {
     attention: attention::Scratch,
-    rows: Vec<f32>,            // (time, width)
+    rows: Vec<f32>,            // (time, width); in the forward pass one of them is used
     qkv_gradient: Vec<f32>,    // (time, 3 * width)
-    packed: Vec<f32>,          // (POSITIONS, packed * mlp)
-    packed_gradient: Vec<f32>, // (packed * mlp), of one position
-    mlp_rows: Vec<f32>,        // (POSITIONS, mlp), the activation; of one position in the forward pass
+    packed: Vec<f32>,          // (POSITIONS, packed * mlp); in the backward pass one of them is used
+    packed_gradient: Vec<f32>, // (packed * mlp)
+    mlp_rows: Vec<f32>,        // (POSITIONS, mlp), the activation; in the forward pass one of them is used
 }
 
 impl Scratch {
@@ -328,7 +329,8 @@ impl Sequence {
                 &mut scratch.attention,
             );
             rows.middle.copy_from_slice(input);
-            linear(&rows.attended, &panels.output, &mut rows.middle, time, Target::Add);
+            let middle = MatrixMut::new(&mut rows.middle, time, width);
+            panels.output.multiply(middle, Target::Add, Matrix::new(&rows.attended, time, width));
 
             next.copy_from_slice(&rows.middle);
             mlp_forward(config, panels, weights.mlp_gain, &rows.middle, &mut rows.packed, next, scratch);
@@ -492,12 +494,6 @@ fn mlp_backward(config: &Config, panels: &LayerPanels, packed: &Rows, operands: 
 fn clear(sums: &mut Vec<f32>, len: usize) {
     sums.clear();
     sums.resize(len, 0.0);
-}
-
-/// `out = x weight`, or `out += x weight`, for `x` (time, in) and the packed `weight` (in, out).
-fn linear(x: &[f32], weight: &Panels, out: &mut [f32], time: usize, target: Target) {
-    let (inputs, outputs) = (x.len() / time, out.len() / time);
-    weight.multiply(MatrixMut::new(out, time, outputs), target, Matrix::new(x, time, inputs));
 }
 
 /// A product whose sum over sequences is the gradient of some rows of a weight.
