@@ -27,6 +27,7 @@ pub(crate) const ROWS: [&str; 12] = [
 /// Builds our side and runs all rows, or `only` one. A row that fails does not keep the others from running.
 pub(crate) fn run(only: Option<&str>, json: Option<&Path>) -> anyhow::Result<()> {
     let root = root();
+    // The workspace, so that crates have the features that the tests have built them with.
     call(Command::new("cargo").args(["build", "--release", "--workspace", "--bins", "--examples"]).current_dir(&root))?;
     let records = root.join(".cache/peers-records");
     fs::create_dir_all(&records)?;
