@@ -270,7 +270,7 @@ fn many_files_take_no_more_threads() {
         }
         std::thread::sleep(std::time::Duration::from_millis(5));
     };
-    assert!(ended.success() && (1..30).contains(&most), "{most} threads for 60 files, {ended}");
+    assert!(ended.success() && (1..30).contains(&most), "{most} threads for 61 files, {ended}");
 }
 
 #[test]

@@ -133,7 +133,7 @@ fn rows_in_bf16_add_about_the_noise_of_the_tape() {
             [("losses", rounded_losses, tape_losses, losses), ("gradient", rounded, tape.gradient().unwrap(), gradient)]
         {
             let (ours, theirs) = (noise(&rounded, &exact), noise(&tape, &exact));
-            // The tape rounds neither attention nor the output layer.
+            // The tape does not round the output layer.
             assert!(ours > 0.0 && ours < 2.0 * theirs, "{what}: {ours}, on the tape {theirs}, on {device:?}");
         }
     }
