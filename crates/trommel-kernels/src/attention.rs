@@ -23,6 +23,7 @@
 //!
 //! A sequence arrives as packed rows: `qkv` is (time, 3 * heads * head), queries first, already turned to their positions.
 
+use crate::lines::Lines;
 use crate::matmul::{Matrix, MatrixMut, Target};
 use crate::panels::{Panels, Precision};
 use crate::rows::Rows;
@@ -143,8 +144,8 @@ pub struct Scratch {
     gradients: Panels,         // (head, BLOCK)
     shares: Panels,            // (keys, BLOCK)
     share_rows: Rows,          // (keys, BLOCK)
-    scores: Vec<f32>,          // (time, BLOCK)
-    score_gradients: Vec<f32>, // (time, BLOCK)
+    scores: Lines<f32>,        // (time, BLOCK)
+    score_gradients: Lines<f32>, // (time, BLOCK)
 }
 
 impl Default for Scratch {
@@ -168,8 +169,8 @@ impl Scratch {
             gradients: wide(),
             shares: wide(),
             share_rows: rows(),
-            scores: Vec::new(),
-            score_gradients: Vec::new(),
+            scores: Lines::default(),
+            score_gradients: Lines::default(),
         }
     }
 

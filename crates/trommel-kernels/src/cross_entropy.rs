@@ -17,6 +17,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::attention::exp_sum;
+use crate::lines::Lines;
 use crate::matmul::{Matrix, MatrixMut, Target};
 use crate::panels::{Panels, Precision};
 use crate::rows::Rows;
@@ -38,7 +39,7 @@ fn chunk_rows(vocab: usize) -> usize {
 
 thread_local! {
     /// The logits of one task, (TASK_ROWS, vocab), and with a teacher its logits and a row more.
-    static LOGITS: RefCell<[Vec<f32>; 3]> = const { RefCell::new([Vec::new(), Vec::new(), Vec::new()]) };
+    static LOGITS: RefCell<[Lines<f32>; 3]> = RefCell::default();
 }
 
 /// Memory that calls share: the gradient of the logits of one chunk, and the operands as the products need them.
@@ -192,7 +193,7 @@ impl Output<'_> {
 
 /// The logits of the rows `at`, (rows, vocab), in `memory`.
 fn logits_of<'a>(
-    memory: &'a mut Vec<f32>,
+    memory: &'a mut Lines<f32>,
     hidden: &[f32],
     width: usize,
     words: &Panels,

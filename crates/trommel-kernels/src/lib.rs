@@ -19,6 +19,8 @@ pub mod encoder;
 mod bf16;
 /// Which instructions there are.
 pub mod isa;
+/// Memory that begins at the border of a cache line.
+pub mod lines;
 /// Products of matrices that lie in slices.
 pub mod matmul;
 /// Root-mean-square normalisation of rows.

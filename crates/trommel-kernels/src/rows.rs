@@ -1,19 +1,15 @@
 //! Left operands of products, in the numbers that their precision is multiplied in: rounded and paired once for several
 //! products, and kept instead of `f32` where only products read them.
 
-use aligned_vec::{AVec, ConstAlign};
-
 use crate::bf16::{fetch, interleave, interleave_pairs, pair_up, round_all, unpair};
 use crate::isa::Isa;
+use crate::lines::Lines;
 use crate::matmul::Matrix;
 use crate::panels::Precision;
 use crate::tiles::Left;
 
 /// Pairs of rows that are asked for before they are turned.
 const AHEAD: usize = 8;
-
-/// Numbers from the border of a cache line on: a register, or the row of a tile, that is read across one costs two reads.
-type Lines<T> = AVec<T, ConstAlign<64>>;
 
 /// The numbers of an operand, left or right.
 #[derive(Debug)]
@@ -30,18 +26,18 @@ impl Numbers {
     /// None yet.
     pub(crate) fn new(isa: Isa, precision: Precision) -> Numbers {
         match precision {
-            Precision::F32 => Numbers::Whole(Lines::new(0)),
-            Precision::Bf16 if isa >= Isa::Avx512Bf16 => Numbers::Paired(Lines::new(0)),
-            Precision::Bf16 => Numbers::Rounded(Lines::new(0)),
+            Precision::F32 => Numbers::Whole(Lines::default()),
+            Precision::Bf16 if isa >= Isa::Avx512Bf16 => Numbers::Paired(Lines::default()),
+            Precision::Bf16 => Numbers::Rounded(Lines::default()),
         }
     }
 
     /// None, of the same kind.
     pub(crate) fn like(&self) -> Numbers {
         match self {
-            Numbers::Whole(_) => Numbers::Whole(Lines::new(0)),
-            Numbers::Rounded(_) => Numbers::Rounded(Lines::new(0)),
-            Numbers::Paired(_) => Numbers::Paired(Lines::new(0)),
+            Numbers::Whole(_) => Numbers::Whole(Lines::default()),
+            Numbers::Rounded(_) => Numbers::Rounded(Lines::default()),
+            Numbers::Paired(_) => Numbers::Paired(Lines::default()),
         }
     }
 
@@ -124,6 +120,15 @@ impl Rows {
                 all_rows[..all].chunks_mut(part).map(|part| rows(NumbersMut::Rounded(part))).collect()
             }
             Numbers::Paired(pairs) => pairs[..all].chunks_mut(part).map(|part| rows(NumbersMut::Paired(part))).collect(),
+        }
+    }
+
+    /// Asks for row `row`, which will be loaded soon; does nothing where there is none.
+    pub fn fetch(&self, row: usize) {
+        if let Numbers::Paired(pairs) = &self.numbers
+            && let Some(pairs) = pairs.get(row * self.row..(row + 1) * self.row)
+        {
+            fetch(pairs, 0, self.columns);
         }
     }
 

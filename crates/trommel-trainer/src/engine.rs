@@ -4,6 +4,7 @@ use candle_core::Device;
 use trommel_core::error::{Error, Result};
 use trommel_kernels::adamw::{self, Factors};
 use trommel_kernels::cross_entropy;
+use trommel_kernels::lines::Lines;
 use trommel_kernels::panels::Precision;
 
 use crate::batch::Batch;
@@ -86,9 +87,9 @@ pub(crate) trait Network: std::fmt::Debug {
 struct Host {
     native: Native,
     teacher: Option<(Native, Teacher)>,
-    parameters: Vec<f32>,
+    parameters: Lines<f32>,
     // The following are as long as `parameters`, or empty until they are needed.
-    gradient: Vec<f32>,
+    gradient: Lines<f32>,
     first_moment: Vec<f32>,
     second_moment: Vec<f32>,
 }
@@ -122,10 +123,11 @@ impl Engine {
         } else if let Some(tensors) = lora::Tensors::of(config) {
             Place::Network(Box::new(Adapted::new(config, tensors, parameters, precision)))
         } else {
-            let empty = Vec::new;
+            let (parameters, gradient) = (Lines::from(&*parameters), Lines::default());
             let native = Native::new(config, precision);
             let teacher = None;
-            let host = Host { native, teacher, parameters, gradient: empty(), first_moment: empty(), second_moment: empty() };
+            let [first_moment, second_moment] = Default::default();
+            let host = Host { native, teacher, parameters, gradient, first_moment, second_moment };
             Place::Host(Box::new(host))
         };
         Ok(Engine { config: config.clone(), layout, place, losses: 0.0 })
@@ -285,7 +287,7 @@ impl Engine {
     pub fn gradient(&mut self) -> Result<Vec<f32>> {
         match &mut self.place {
             Place::Network(network) => Ok(network.gradient()),
-            Place::Host(host) => Ok(host.gradient.clone()),
+            Place::Host(host) => Ok(host.gradient.to_vec()),
             Place::Gpu(gpu) => gpu.gradient().map_err(internal),
             Place::Tape(tape) => tape.gradient().map_err(internal),
         }
@@ -336,7 +338,7 @@ impl Engine {
     pub fn parameters(&self) -> Result<Vec<f32>> {
         match &self.place {
             Place::Network(network) => Ok(network.parameters().to_vec()),
-            Place::Host(host) => Ok(host.parameters.clone()),
+            Place::Host(host) => Ok(host.parameters.to_vec()),
             Place::Gpu(gpu) => gpu.parameters().map_err(internal),
             Place::Tape(tape) => tape.parameters().map_err(internal),
         }

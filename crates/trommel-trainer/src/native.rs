@@ -17,6 +17,7 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 use trommel_kernels::attention::{self, Shape};
 use trommel_kernels::cross_entropy::{self, Output, Teacher};
+use trommel_kernels::lines::Lines;
 use trommel_kernels::matmul::{Matrix, MatrixMut, Target, multiply};
 use trommel_kernels::panels::{Panels, Precision};
 use trommel_kernels::rotary::{Table, Turn};
@@ -42,9 +43,9 @@ pub(crate) struct Native {
     panels: Vec<LayerPanels>,
     backward_panels: LayerPanels,
     sequences: Vec<Sequence>,
-    hidden: Vec<f32>,          // (sequences, time, width)
-    hidden_gradient: Vec<f32>, // (sequences, time, width)
-    losses: Vec<f32>,          // (sequences, time)
+    hidden: Lines<f32>,          // (sequences, time, width)
+    hidden_gradient: Lines<f32>, // (sequences, time, width)
+    losses: Lines<f32>,          // (sequences, time)
     scratch: cross_entropy::Scratch,
 }
 
@@ -52,10 +53,10 @@ pub(crate) struct Native {
 /// read are kept as these read them.
 #[derive(Debug)]
 struct Sequence {
-    inputs: Vec<Vec<f32>>, // layers + 1 times (time, width): the residual stream before each layer and after the last
+    inputs: Vec<Lines<f32>>, // layers + 1 times (time, width): the residual stream before each layer and after the last
     layers: Vec<LayerRows>,
-    gradient: Vec<f32>, // (time, width), of the residual stream where the backward pass is
-    normed: Vec<f32>,   // (time, width)
+    gradient: Lines<f32>, // (time, width), of the residual stream where the backward pass is
+    normed: Lines<f32>,   // (time, width)
     operands: Operands, // of the layer at hand
 }
 
@@ -70,15 +71,15 @@ struct Operands {
     up_inputs: Panels,     // (time, width)
     output_inputs: Panels, // (time, width)
     qkv_inputs: Panels,    // (time, width)
-    gains: [Vec<f32>; 2],  // (width) each: gradients of the two norms' gains
+    gains: [Lines<f32>; 2],  // (width) each: gradients of the two norms' gains
 }
 
 #[derive(Debug)]
 struct LayerRows {
-    qkv: Vec<f32>,      // (time, 3 * width), queries and keys turned
-    attended: Vec<f32>, // (time, width)
-    log_sums: Vec<f32>, // (heads, time)
-    middle: Vec<f32>,   // (time, width), residual stream
+    qkv: Lines<f32>,      // (time, 3 * width), queries and keys turned
+    attended: Lines<f32>, // (time, width)
+    log_sums: Lines<f32>, // (heads, time)
+    middle: Lines<f32>,   // (time, width), residual stream
     packed: Rows,       // (time, packed * mlp), before the activation
 }
 
@@ -110,11 +111,11 @@ impl LayerPanels {
 #[derive(Default)]
 struct Scratch {
     attention: attention::Scratch,
-    rows: Vec<f32>,            // (time, width); in the forward pass one of them is used
-    qkv_gradient: Vec<f32>,    // (time, 3 * width)
-    packed: Vec<f32>,          // (POSITIONS, packed * mlp); in the backward pass one of them is used
-    packed_gradient: Vec<f32>, // (packed * mlp)
-    mlp_rows: Vec<f32>,        // (POSITIONS, mlp), the activation; in the forward pass one of them is used
+    rows: Lines<f32>,            // (time, width); in the forward pass one of them is used
+    qkv_gradient: Lines<f32>,    // (time, 3 * width)
+    packed: Lines<f32>,          // (POSITIONS, packed * mlp); in the backward pass one of them is used
+    packed_gradient: Lines<f32>, // (packed * mlp)
+    mlp_rows: Lines<f32>,        // (POSITIONS, mlp), the activation; in the forward pass one of them is used
 }
 
 impl Scratch {
@@ -161,9 +162,9 @@ impl Native {
             panels: Vec::new(),
             backward_panels: LayerPanels::new(precision),
             sequences: Vec::new(),
-            hidden: Vec::new(),
-            hidden_gradient: Vec::new(),
-            losses: Vec::new(),
+            hidden: Lines::default(),
+            hidden_gradient: Lines::default(),
+            losses: Lines::default(),
             scratch: cross_entropy::Scratch::new(precision),
         }
     }
@@ -282,8 +283,8 @@ impl Sequence {
         Sequence {
             inputs: Vec::new(),
             layers: Vec::new(),
-            gradient: Vec::new(),
-            normed: Vec::new(),
+            gradient: Lines::default(),
+            normed: Lines::default(),
             operands: Operands::new(precision),
         }
     }
@@ -302,7 +303,7 @@ impl Sequence {
     ) {
         let (time, width) = (tokens.len(), config.width);
         let shape = Shape { time, heads: config.heads, head: config.head() };
-        self.inputs.resize_with(config.layers + 1, Vec::new);
+        self.inputs.resize_with(config.layers + 1, Lines::default);
         self.layers.resize_with(config.layers, || LayerRows::new(panels[0].precision));
         self.inputs.iter_mut().for_each(|rows| rows.resize(time * width, 0.0));
         scratch.resize(time, config);
@@ -417,7 +418,7 @@ impl Operands {
 
 impl LayerRows {
     fn new(precision: Precision) -> Self {
-        let empty = Vec::new;
+        let empty = Lines::default;
         LayerRows { qkv: empty(), attended: empty(), log_sums: empty(), middle: empty(), packed: Rows::new(precision) }
     }
 
@@ -477,6 +478,7 @@ fn mlp_backward(config: &Config, panels: &LayerPanels, packed: &Rows, operands: 
         // Row by row, so that what is rounded and what is read again lies in the first cache.
         let (row, gradient) = (&mut scratch.packed[..packed_width], &mut scratch.packed_gradient);
         for (t, mlp_row) in (first..).zip(mlp_rows.chunks_exact_mut(mlp)) {
+            packed.fetch(t + 1);
             packed.load(t, row);
             match config.activation {
                 Activation::SwiGlu => activation::swiglu_backward(row, mlp, mlp_row, gradient),
@@ -491,7 +493,7 @@ fn mlp_backward(config: &Config, panels: &LayerPanels, packed: &Rows, operands: 
 }
 
 /// Replaces the content by `len` zeros.
-fn clear(sums: &mut Vec<f32>, len: usize) {
+fn clear(sums: &mut Lines<f32>, len: usize) {
     sums.clear();
     sums.resize(len, 0.0);
 }
@@ -550,7 +552,7 @@ impl WeightTask<'_> {
 /// Adds each sequence's gradient of a gain, in the order of sequences.
 fn add_gains(sequences: &[Sequence], which: usize, gradient: &mut [f32]) {
     for sequence in sequences {
-        for (sum, gain) in gradient.iter_mut().zip(&sequence.operands.gains[which]) {
+        for (sum, gain) in gradient.iter_mut().zip(sequence.operands.gains[which].iter()) {
             *sum += gain;
         }
     }
