@@ -134,17 +134,17 @@ fn parts(queries: usize, seen: impl Fn(usize) -> (u32, u32)) -> [Seen; PARTS] {
 #[derive(Debug)]
 pub struct Scratch {
     precision: Precision,
-    keys: Rows,                // (time, head)
-    values: Rows,              // (time, head)
-    key_panels: Panels,        // (time, head)
-    value_panels: Panels,      // (time, head)
-    query_panels: Panels,      // (time, head)
-    gradient_panels: Panels,   // (time, head)
-    queries: Panels,           // (head, BLOCK)
-    gradients: Panels,         // (head, BLOCK)
-    shares: Panels,            // (keys, BLOCK)
-    share_rows: Rows,          // (keys, BLOCK)
-    scores: Lines<f32>,        // (time, BLOCK)
+    keys: Rows,                  // (time, head)
+    values: Rows,                // (time, head)
+    key_panels: Panels,          // (time, head)
+    value_panels: Panels,        // (time, head)
+    query_panels: Panels,        // (time, head)
+    gradient_panels: Panels,     // (time, head)
+    queries: Panels,             // (head, BLOCK)
+    gradients: Panels,           // (head, BLOCK)
+    shares: Panels,              // (keys, BLOCK)
+    share_rows: Rows,            // (keys, BLOCK)
+    scores: Lines<f32>,          // (time, BLOCK)
     score_gradients: Lines<f32>, // (time, BLOCK)
 }
 

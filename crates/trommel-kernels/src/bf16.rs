@@ -3,6 +3,8 @@
 //! Where the processor itself rounds, numbers below the smallest normal one become zero, for which its products take them
 //! anyway. Any NaN becomes a quiet one.
 
+use std::ops::Range;
+
 use crate::isa::Isa;
 use crate::vectorize::vectorized;
 
@@ -27,48 +29,65 @@ vectorized! {
     }
 }
 
-/// Pairs numbers that follow each other; the last one of an odd number is paired with zero.
+/// Pairs numbers that follow each other in a row; the last one of an odd number is paired with zero. Row `r` has the `columns`
+/// numbers from `r * row_stride` on, and its pairs follow those of the row before.
 #[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "calls a variant after checking for its instructions"))]
-pub(crate) fn pair_up(numbers: &[f32], pairs: &mut [u32]) {
-    assert_eq!(pairs.len(), numbers.len().div_ceil(2));
-    #[cfg(target_arch = "x86_64")]
-    if Isa::current() >= Isa::Avx512Bf16 {
-        // SAFETY: the level has the instructions.
-        return unsafe { hardware::pair_up(numbers, pairs) };
+pub(crate) fn pair_up(source: &[f32], row_stride: usize, (rows, columns): (usize, usize), pairs: &mut [u32]) {
+    if rows == 0 || columns == 0 {
+        return;
     }
-    for (numbers, pair) in numbers.chunks(2).zip(pairs) {
-        *pair = round(numbers[0]) | numbers.get(1).map_or(0, |x| round(*x) << 16);
-    }
-}
-
-/// Pairs each number of `even` with that of `odd` beside it, or with zero where `odd` is empty.
-#[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "calls a variant after checking for its instructions"))]
-pub(crate) fn interleave(even: &[f32], odd: &[f32], pairs: &mut [u32]) {
-    assert!(even.len() == pairs.len() && (odd.is_empty() || odd.len() == pairs.len()));
-    #[cfg(target_arch = "x86_64")]
-    if Isa::current() >= Isa::Avx512Bf16 {
-        // SAFETY: the level has the instructions.
-        return unsafe { hardware::interleave(even, odd, pairs) };
-    }
-    for (i, pair) in pairs.iter_mut().enumerate() {
-        *pair = round(even[i]) | odd.get(i).map_or(0, |x| round(*x) << 16);
-    }
-}
-
-/// Numbers `first..first + pairs.len()` of two rows that are in pairs themselves: pairs each number of `even` with that of
-/// `odd` beside it, or with zero where `odd` is empty.
-#[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "calls a variant after checking for its instructions"))]
-pub(crate) fn interleave_pairs(even: &[u32], odd: &[u32], first: usize, pairs: &mut [u32]) {
-    let end = first + pairs.len();
-    assert!(end <= 2 * even.len() && (odd.is_empty() || end <= 2 * odd.len()));
+    assert!((rows - 1) * row_stride + columns <= source.len() && rows * columns.div_ceil(2) <= pairs.len());
     #[cfg(target_arch = "x86_64")]
     if Isa::current() >= Isa::Avx512Bf16 {
         // SAFETY: the level has the instructions, and the lengths were checked.
-        return unsafe { hardware::interleave_pairs(even, odd, first, pairs) };
+        return unsafe { hardware::pair_up(source, row_stride, (rows, columns), pairs) };
     }
-    let half = |row: &[u32], i: usize| row.get(i / 2).map_or(0, |pair| pair >> (i % 2 * 16) & 0xffff);
-    for (i, pair) in (first..end).zip(pairs) {
-        *pair = half(even, i) | half(odd, i) << 16;
+    for (row, pairs) in pairs.chunks_exact_mut(columns.div_ceil(2)).take(rows).enumerate() {
+        for (numbers, pair) in source[row * row_stride..][..columns].chunks(2).zip(pairs) {
+            *pair = round(numbers[0]) | numbers.get(1).map_or(0, |x| round(*x) << 16);
+        }
+    }
+}
+
+/// Pairs each number of an even row with that below it, or with zero below the last row. Row `r` has the `columns` numbers from
+/// `r * row_stride` on; the pairs of rows `2 l` and `2 l + 1` go to row `l` of `out`, which are `stride` apart.
+#[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "calls a variant after checking for its instructions"))]
+pub(crate) fn interleave(source: &[f32], row_stride: usize, (rows, columns): (usize, usize), out: &mut [u32], stride: usize) {
+    if rows == 0 || columns == 0 {
+        return;
+    }
+    assert!((rows - 1) * row_stride + columns <= source.len() && (rows.div_ceil(2) - 1) * stride + columns <= out.len());
+    #[cfg(target_arch = "x86_64")]
+    if Isa::current() >= Isa::Avx512Bf16 {
+        // SAFETY: the level has the instructions, and the lengths were checked.
+        return unsafe { hardware::interleave(source, row_stride, (rows, columns), out, stride) };
+    }
+    for (step, out) in out.chunks_mut(stride).take(rows.div_ceil(2)).enumerate() {
+        let row = |row: usize| if row < rows { &source[row * row_stride..][..columns] } else { &[] };
+        let (even, odd) = (row(2 * step), row(2 * step + 1));
+        for (i, (pair, even)) in out.iter_mut().zip(even).enumerate() {
+            *pair = round(*even) | odd.get(i).map_or(0, |x| round(*x) << 16);
+        }
+    }
+}
+
+/// [`interleave`] of numbers `columns` of `rows` rows that are in pairs themselves, `row_stride` pairs apart; rows of `out` have
+/// no gaps.
+#[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "calls a variant after checking for its instructions"))]
+pub(crate) fn interleave_pairs(source: &[u32], row_stride: usize, rows: usize, columns: Range<usize>, out: &mut [u32]) {
+    if rows == 0 || columns.is_empty() {
+        return;
+    }
+    assert!((rows - 1) * row_stride + columns.end.div_ceil(2) <= source.len());
+    assert!(rows.div_ceil(2) * columns.len() <= out.len());
+    #[cfg(target_arch = "x86_64")]
+    if Isa::current() >= Isa::Avx512Bf16 {
+        // SAFETY: the level has the instructions, and the lengths were checked.
+        return unsafe { hardware::interleave_pairs(source, row_stride, rows, columns, out) };
+    }
+    let half = |row: usize, i: usize| if row < rows { source[row * row_stride + i / 2] >> (i % 2 * 16) & 0xffff } else { 0 };
+    for (step, out) in out.chunks_exact_mut(columns.len()).take(rows.div_ceil(2)).enumerate() {
+        out.iter_mut().zip(columns.clone()).for_each(|(pair, i)| *pair = half(2 * step, i) | half(2 * step + 1, i) << 16);
     }
 }
 
@@ -154,6 +173,7 @@ pub(crate) fn turn_pairs(source: &[u32], stride: usize, (steps, rows): (usize, u
 #[expect(unsafe_code, reason = "instructions of one processor family, on raw pointers")]
 mod hardware {
     use std::arch::x86_64::*;
+    use std::ops::Range;
 
     /// Numbers in a register.
     const LANES: usize = 16;
@@ -171,75 +191,101 @@ mod hardware {
         unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
     }
 
+    /// # Safety
+    /// The processor has the instructions; the slices hold what the sizes name.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub(super) fn pair_up(numbers: &[f32], pairs: &mut [u32]) {
-        let whole = numbers.len() / (2 * LANES);
-        let (head, tail) = (&numbers[..whole * 2 * LANES], &numbers[whole * 2 * LANES..]);
-        let (pairs, last) = pairs.split_at_mut(whole * LANES);
-        for (numbers, pairs) in head.chunks_exact(2 * LANES).zip(pairs.chunks_exact_mut(LANES)) {
-            // SAFETY: there are as many numbers as two registers hold, and as many pairs as one.
-            unsafe {
-                let at = numbers.as_ptr();
-                let pair = rounded(_mm512_loadu_ps(at), _mm512_loadu_ps(at.add(LANES)));
-                _mm512_storeu_si512(pairs.as_mut_ptr().cast(), pair);
+    pub(super) unsafe fn pair_up(source: &[f32], row_stride: usize, (rows, columns): (usize, usize), pairs: &mut [u32]) {
+        let whole = columns / (2 * LANES) * 2 * LANES;
+        let tail = columns - whole;
+        for row in 0..rows {
+            let (from, to) =
+                (source.as_ptr().wrapping_add(row * row_stride), pairs.as_mut_ptr().wrapping_add(row * columns.div_ceil(2)));
+            for at in (0..whole).step_by(2 * LANES) {
+                // SAFETY: two registers of numbers and one of pairs are within the row.
+                unsafe {
+                    let pair = rounded(_mm512_loadu_ps(from.add(at)), _mm512_loadu_ps(from.add(at + LANES)));
+                    _mm512_storeu_si512(to.add(at / 2).cast(), pair);
+                }
             }
-        }
-        for (numbers, pairs) in tail.chunks(2 * LANES).zip(last.chunks_mut(LANES)) {
-            // SAFETY: the masks leave out what is not in the slices, whose lengths the caller has checked.
-            unsafe {
-                let at = numbers.as_ptr();
-                let low = _mm512_maskz_loadu_ps(lanes(numbers.len()), at);
-                let high = _mm512_maskz_loadu_ps(lanes(numbers.len().saturating_sub(LANES)), at.wrapping_add(LANES));
-                _mm512_mask_storeu_epi32(pairs.as_mut_ptr().cast(), lanes(pairs.len()), rounded(low, high));
-            }
-        }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub(super) fn interleave(even: &[f32], odd: &[f32], pairs: &mut [u32]) {
-        // Lane 2i is number i of the first half, lane 2i + 1 number i of the second.
-        let order: [u16; 2 * LANES] = std::array::from_fn(|i| (i / 2 + i % 2 * LANES) as u16);
-        // SAFETY: the array has 512 bits.
-        let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
-        let whole = if odd.is_empty() { 0 } else { pairs.len() / LANES };
-        let rows = even.chunks_exact(LANES).zip(odd.chunks_exact(LANES));
-        for ((even, odd), pairs) in rows.zip(pairs.chunks_exact_mut(LANES)) {
-            // SAFETY: each slice holds as many numbers as a register.
-            unsafe {
-                let pair = rounded(_mm512_loadu_ps(even.as_ptr()), _mm512_loadu_ps(odd.as_ptr()));
-                _mm512_storeu_si512(pairs.as_mut_ptr().cast(), _mm512_permutexvar_epi16(order, pair));
-            }
-        }
-        for (i, pairs) in pairs.chunks_mut(LANES).enumerate().skip(whole) {
-            let mask = lanes(pairs.len());
-            // SAFETY: the mask leaves out what is not in the slices, whose lengths the caller has checked.
-            unsafe {
-                let low = _mm512_maskz_loadu_ps(mask, even.as_ptr().add(i * LANES));
-                let high =
-                    if odd.is_empty() { _mm512_setzero_ps() } else { _mm512_maskz_loadu_ps(mask, odd.as_ptr().add(i * LANES)) };
-                let pair = _mm512_permutexvar_epi16(order, rounded(low, high));
-                _mm512_mask_storeu_epi32(pairs.as_mut_ptr().cast(), mask, pair);
+            if tail > 0 {
+                // SAFETY: the masks leave out what lies beyond the row.
+                unsafe {
+                    let low = _mm512_maskz_loadu_ps(lanes(tail), from.add(whole));
+                    let high = _mm512_maskz_loadu_ps(lanes(tail.saturating_sub(LANES)), from.wrapping_add(whole + LANES));
+                    _mm512_mask_storeu_epi32(to.add(whole / 2).cast(), lanes(tail.div_ceil(2)), rounded(low, high));
+                }
             }
         }
     }
 
     /// # Safety
-    /// The processor has the instructions; the rows, unless `odd` is empty, hold the numbers that `pairs` gets.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub(super) unsafe fn interleave_pairs(even: &[u32], odd: &[u32], first: usize, pairs: &mut [u32]) {
-        let number = |row: &[u32], i: usize| row.as_ptr().cast::<i16>().wrapping_add(first + i);
-        for (chunk, pairs) in pairs.chunks_mut(LANES).enumerate() {
-            let mask = lanes(pairs.len());
-            // SAFETY: the mask leaves out what the caller has not promised.
-            unsafe {
-                let low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, number(even, chunk * LANES)));
-                let pair = if odd.is_empty() {
-                    low
-                } else {
-                    let high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, number(odd, chunk * LANES)));
-                    _mm512_or_si512(low, _mm512_slli_epi32(high, 16))
-                };
-                _mm512_mask_storeu_epi32(pairs.as_mut_ptr().cast(), mask, pair);
+    /// The processor has the instructions; the slices hold what the sizes name.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub(super) unsafe fn interleave(
+        source: &[f32],
+        row_stride: usize,
+        (rows, columns): (usize, usize),
+        out: &mut [u32],
+        stride: usize,
+    ) {
+        // Lane 2i is number i of the first half, lane 2i + 1 number i of the second.
+        let order: [u16; 2 * LANES] = std::array::from_fn(|i| (i / 2 + i % 2 * LANES) as u16);
+        // SAFETY: the array has 512 bits.
+        let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
+        for step in 0..rows.div_ceil(2) {
+            let even = source.as_ptr().wrapping_add(2 * step * row_stride);
+            let odd = even.wrapping_add(row_stride);
+            let to = out.as_mut_ptr().wrapping_add(step * stride);
+            for at in (0..columns).step_by(LANES) {
+                let here = lanes(columns - at);
+                let below = if 2 * step + 1 < rows { here } else { 0 };
+                // SAFETY: the masks leave out what lies beyond the rows.
+                unsafe {
+                    let low = _mm512_maskz_loadu_ps(here, even.add(at));
+                    let high = _mm512_maskz_loadu_ps(below, odd.wrapping_add(at));
+                    let pair = _mm512_permutexvar_epi16(order, rounded(low, high));
+                    _mm512_mask_storeu_epi32(to.add(at).cast(), here, pair);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// The processor has the instructions; the slices hold what the sizes name.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub(super) unsafe fn interleave_pairs(
+        source: &[u32],
+        row_stride: usize,
+        rows: usize,
+        columns: Range<usize>,
+        out: &mut [u32],
+    ) {
+        /// Pairs of rows that are asked for before they are read: the processor does not foresee pieces that lie far apart.
+        const AHEAD: usize = 8;
+        // Lane 2i is number i of one row's half, lane 2i + 1 that of the other row's.
+        let halves = [0, LANES].map(|half| std::array::from_fn(|i| (half + i / 2 + i % 2 * 2 * LANES) as u16));
+        // SAFETY: each array has 512 bits.
+        let halves = halves.map(|half: [u16; 2 * LANES]| unsafe { _mm512_loadu_si512(half.as_ptr().cast()) });
+        let row = |row: usize| source.as_ptr().wrapping_add(row * row_stride).cast::<i16>().wrapping_add(columns.start);
+        for step in 0..rows.div_ceil(2) {
+            let to = out.as_mut_ptr().wrapping_add(step * columns.len());
+            for at in (0..columns.len()).step_by(2 * LANES) {
+                let left = columns.len() - at;
+                let here = u32::MAX >> (2 * LANES - left.min(2 * LANES));
+                let below = if 2 * step + 1 < rows { here } else { 0 };
+                for ahead in [0, 1] {
+                    _mm_prefetch::<_MM_HINT_T0>(row(2 * (step + AHEAD) + ahead).wrapping_add(at).cast());
+                }
+                // SAFETY: the masks leave out what lies beyond the columns.
+                unsafe {
+                    let even = _mm512_maskz_loadu_epi16(here, row(2 * step).add(at));
+                    let odd = _mm512_maskz_loadu_epi16(below, row(2 * step + 1).wrapping_add(at));
+                    for (half, order) in halves.into_iter().enumerate() {
+                        let pair = _mm512_permutex2var_epi16(even, order, odd);
+                        let mask = lanes(left.saturating_sub(half * LANES));
+                        _mm512_mask_storeu_epi32(to.wrapping_add(at + half * LANES).cast(), mask, pair);
+                    }
+                }
             }
         }
     }
@@ -351,35 +397,43 @@ mod tests {
         let pair = |low: Option<&f32>, high: Option<&f32>| low.map_or(0, |x| round(*x)) | high.map_or(0, |x| round(*x)) << 16;
         for n in 1..100usize {
             let mut pairs = vec![7; n.div_ceil(2)];
-            pair_up(&x[..n], &mut pairs);
+            pair_up(&x, n, (1, n), &mut pairs);
             let expected: Vec<u32> = x[..n].chunks(2).map(|x| pair(x.first(), x.get(1))).collect();
             assert_eq!(pairs, expected);
 
-            let (even, odd) = (&x[..n], &x[50..50 + n]);
-            let mut pairs = vec![7; n];
-            interleave(even, odd, &mut pairs);
-            assert!(pairs.iter().enumerate().all(|(i, got)| *got == pair(even.get(i), odd.get(i))));
-            interleave(even, &[], &mut pairs);
-            assert!(pairs.iter().enumerate().all(|(i, got)| *got == pair(even.get(i), None)));
+            let (rows, stride) = (n % 4 + 1, n + 3);
+            let source = numbers(rows * stride, 2);
+            let number = |row: usize, column: usize| (row < rows && column < n).then(|| &source[row * stride + column]);
+            let mut pairs = vec![7; rows * n.div_ceil(2)];
+            pair_up(&source, stride, (rows, n), &mut pairs);
+            let mut packed = vec![7; rows.div_ceil(2) * stride];
+            interleave(&source, stride, (rows, n), &mut packed, stride);
+            for row in 0..rows {
+                let got = &pairs[row * n.div_ceil(2)..(row + 1) * n.div_ceil(2)];
+                assert!(got.iter().enumerate().all(|(i, got)| *got == pair(number(row, 2 * i), number(row, 2 * i + 1))));
+                let got = &packed[row / 2 * stride..(row / 2 + 1) * stride];
+                let expected = |i: usize| if i < n { pair(number(row & !1, i), number(row | 1, i)) } else { 7 };
+                assert!(got.iter().enumerate().all(|(i, got)| *got == expected(i)));
+            }
         }
-        for (n, first) in [(1, 0), (96, 4), (33, 2), (70, 0)] {
-            let rows = [&x[..n + first], &x[50..50 + n + first]].map(|x| {
-                let mut pairs = vec![0; x.len().div_ceil(2)];
-                pair_up(x, &mut pairs);
-                let mut numbers = vec![0.0; x.len()];
-                unpair(&pairs, &mut numbers);
-                assert!(numbers.iter().zip(x).all(|(got, x)| *got == round_to_bf16(*x)));
-                pairs
-            });
-            for odd in [&rows[1][..], &[]] {
-                let mut pairs = vec![7; n];
-                interleave_pairs(&rows[0], odd, first, &mut pairs);
-                let second = if odd.is_empty() { &[][..] } else { &x[50..] };
-                assert!((0..n).all(|i| pairs[i] == pair(x.get(first + i), second.get(first + i))));
+        for (rows, columns) in [(1, 0..1), (2, 4..100), (5, 2..35), (4, 0..70), (3, 8..40)] {
+            let width = columns.end + 3;
+            let source = numbers(rows * width, 3);
+            let mut paired = vec![0; rows * width.div_ceil(2)];
+            pair_up(&source, width, (rows, width), &mut paired);
+            let mut back = vec![0.0; width];
+            unpair(&paired, &mut back);
+            assert!(back.iter().zip(&source).all(|(back, x)| *back == round_to_bf16(*x)));
+            let mut got = vec![7; rows.div_ceil(2) * columns.len()];
+            interleave_pairs(&paired, width.div_ceil(2), rows, columns.clone(), &mut got);
+            for (i, got) in got.iter().enumerate() {
+                let (step, column) = (i / columns.len(), columns.start + i % columns.len());
+                let number = |row: usize| (row < rows).then(|| &source[row * width + column]);
+                assert_eq!(*got, pair(number(2 * step), number(2 * step + 1)));
             }
         }
         let mut pairs = [0; 1];
-        pair_up(&[f32::NAN, 1.0], &mut pairs);
+        pair_up(&[f32::NAN, 1.0], 2, (1, 2), &mut pairs);
         assert!(f32::from_bits(pairs[0] << 16).is_nan());
     }
 

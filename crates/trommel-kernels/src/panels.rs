@@ -296,20 +296,13 @@ fn fill_pairs(panel: usize, width: usize, pairs: &mut [u32], right: Matrix<'_>) 
     let first = panel * width;
     let columns = width.min(right.columns - first);
     let source = &right.data[first * right.column_stride..];
-    if right.column_stride == 1 {
-        for (step, pairs) in pairs.chunks_exact_mut(width).enumerate() {
-            let (pairs, rest) = pairs.split_at_mut(columns);
-            let even = &source[2 * step * right.row_stride..][..columns];
-            let odd = if 2 * step + 1 < right.rows { &source[(2 * step + 1) * right.row_stride..][..columns] } else { &[] };
-            interleave(even, odd, pairs);
-            rest.fill(0);
-        }
-        return;
-    }
-    assert!(right.row_stride == 1 || right.rows == 1, "one of a matrix's strides is 1");
     if columns < width {
         pairs.fill(0);
     }
+    if right.column_stride == 1 {
+        return interleave(source, right.row_stride, (right.rows, columns), pairs, width);
+    }
+    assert!(right.row_stride == 1 || right.rows == 1, "one of a matrix's strides is 1");
     for column in (0..columns).step_by(bf16::COLUMNS) {
         let here = bf16::COLUMNS.min(columns - column);
         let stride = right.column_stride;

@@ -8,9 +8,6 @@ use crate::matmul::Matrix;
 use crate::panels::Precision;
 use crate::tiles::Left;
 
-/// Pairs of rows that are asked for before they are turned.
-const AHEAD: usize = 8;
-
 /// The numbers of an operand, left or right.
 #[derive(Debug)]
 pub(crate) enum Numbers {
@@ -166,9 +163,7 @@ impl Rows {
                 round_all(&mut numbers[..rows * columns]);
             }
             Numbers::Paired(pairs) => {
-                for (i, pairs) in pairs.chunks_exact_mut(rows).take(self.steps).enumerate() {
-                    interleave(line(2 * i), line(2 * i + 1), pairs);
-                }
+                interleave(left.data, left.column_stride, (columns, rows), pairs, rows);
             }
         }
     }
@@ -187,12 +182,7 @@ impl Rows {
                 copy(numbers, (0..rows).map(|row| &of_numbers[row * of.row + first..][..columns]));
             }
             (Numbers::Paired(pairs), Numbers::Paired(of_pairs)) => {
-                let line = |row: usize| if row < rows { &of_pairs[row * of.row..][..of.row] } else { &[] };
-                for (i, pairs) in pairs.chunks_exact_mut(columns).take(self.steps).enumerate() {
-                    fetch(line(2 * (i + AHEAD)), first, columns);
-                    fetch(line(2 * (i + AHEAD) + 1), first, columns);
-                    interleave_pairs(line(2 * i), line(2 * i + 1), first, pairs);
-                }
+                interleave_pairs(of_pairs, of.row, rows, first..first + columns, pairs);
             }
             _ => unreachable!("both operands of a product are of one kind"),
         }
@@ -231,13 +221,8 @@ impl RowsMut<'_> {
                 copy(&mut numbers[from..], lines);
                 round_all(&mut numbers[from..from + len]);
             }
-            // Rows of even length without gaps are one row.
-            NumbersMut::Paired(pairs) if rows.columns.is_multiple_of(2) && rows.row_stride == rows.columns => {
-                pair_up(&rows.data[..2 * len], &mut pairs[from..from + len]);
-            }
             NumbersMut::Paired(pairs) => {
-                let pairs = pairs[from..].chunks_exact_mut(self.steps.max(1));
-                pairs.zip(lines).for_each(|(pairs, line)| pair_up(line, pairs));
+                pair_up(rows.data, rows.row_stride, (rows.rows, rows.columns), &mut pairs[from..from + len]);
             }
         }
     }

@@ -57,21 +57,21 @@ struct Sequence {
     layers: Vec<LayerRows>,
     gradient: Lines<f32>, // (time, width), of the residual stream where the backward pass is
     normed: Lines<f32>,   // (time, width)
-    operands: Operands, // of the layer at hand
+    operands: Operands,   // of the layer at hand
 }
 
 /// What one layer's backward pass of one sequence leaves for the gradients of its weights, as the products read it.
 #[derive(Debug)]
 struct Operands {
-    out_rows: Rows,        // (time, width), the gradient of the residual stream after the layer
-    packed_rows: Rows,     // (time, packed * mlp), the gradient of `LayerRows::packed`
-    middle_rows: Rows,     // (time, width), the gradient of the residual stream between attention and MLP
-    qkv_rows: Rows,        // (time, 3 * width), the gradient of `LayerRows::qkv`
-    mlp_inputs: Panels,    // (time, mlp), what went into the layer's weights; see `weight_gradients`
-    up_inputs: Panels,     // (time, width)
-    output_inputs: Panels, // (time, width)
-    qkv_inputs: Panels,    // (time, width)
-    gains: [Lines<f32>; 2],  // (width) each: gradients of the two norms' gains
+    out_rows: Rows,         // (time, width), the gradient of the residual stream after the layer
+    packed_rows: Rows,      // (time, packed * mlp), the gradient of `LayerRows::packed`
+    middle_rows: Rows,      // (time, width), the gradient of the residual stream between attention and MLP
+    qkv_rows: Rows,         // (time, 3 * width), the gradient of `LayerRows::qkv`
+    mlp_inputs: Panels,     // (time, mlp), what went into the layer's weights; see `weight_gradients`
+    up_inputs: Panels,      // (time, width)
+    output_inputs: Panels,  // (time, width)
+    qkv_inputs: Panels,     // (time, width)
+    gains: [Lines<f32>; 2], // (width) each: gradients of the two norms' gains
 }
 
 #[derive(Debug)]
@@ -80,7 +80,7 @@ struct LayerRows {
     attended: Lines<f32>, // (time, width)
     log_sums: Lines<f32>, // (heads, time)
     middle: Lines<f32>,   // (time, width), residual stream
-    packed: Rows,       // (time, packed * mlp), before the activation
+    packed: Rows,         // (time, packed * mlp), before the activation
 }
 
 /// The weights of one layer, packed once per batch: transposed for the forward pass, as they are for the backward pass.
