@@ -36,7 +36,7 @@ pub(crate) fn pair_up(source: &[f32], row_stride: usize, (rows, columns): (usize
     if rows == 0 || columns == 0 {
         return;
     }
-    assert!((rows - 1) * row_stride + columns <= source.len() && rows * columns.div_ceil(2) <= pairs.len());
+    assert!((rows - 1) * row_stride + columns <= source.len() && rows * columns.div_ceil(2) == pairs.len());
     #[cfg(target_arch = "x86_64")]
     if Isa::current() >= Isa::Avx512Bf16 {
         // SAFETY: the level has the instructions, and the lengths were checked.
@@ -56,6 +56,7 @@ pub(crate) fn interleave(source: &[f32], row_stride: usize, (rows, columns): (us
     if rows == 0 || columns == 0 {
         return;
     }
+    assert!(columns <= stride, "rows that overlap");
     assert!((rows - 1) * row_stride + columns <= source.len() && (rows.div_ceil(2) - 1) * stride + columns <= out.len());
     #[cfg(target_arch = "x86_64")]
     if Isa::current() >= Isa::Avx512Bf16 {
@@ -78,7 +79,7 @@ pub(crate) fn interleave_pairs(source: &[u32], row_stride: usize, rows: usize, c
     if rows == 0 || columns.is_empty() {
         return;
     }
-    assert!((rows - 1) * row_stride + columns.end.div_ceil(2) <= source.len());
+    assert!(columns.end <= 2 * row_stride && (rows - 1) * row_stride + columns.end.div_ceil(2) <= source.len());
     assert!(rows.div_ceil(2) * columns.len() <= out.len());
     #[cfg(target_arch = "x86_64")]
     if Isa::current() >= Isa::Avx512Bf16 {

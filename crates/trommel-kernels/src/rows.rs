@@ -150,7 +150,7 @@ impl Rows {
         }
         assert_eq!(left.row_stride, 1, "one of a matrix's strides is 1");
         let (rows, columns) = (left.rows, left.columns);
-        let line = |i: usize| if i < columns { &left.data[i * left.column_stride..][..rows] } else { &[] };
+        let line = |i: usize| &left.data[i * left.column_stride..][..rows];
         self.reserve(rows, columns);
         (self.row, self.step) = (1, rows);
         if rows == 0 {
