@@ -92,24 +92,6 @@ pub(crate) fn interleave_pairs(source: &[u32], row_stride: usize, rows: usize, c
     }
 }
 
-/// Asks for numbers `first..first + columns` of a row in pairs, which will be read soon: the processor does not foresee pieces
-/// of rows that lie far apart. Does nothing for what is not there.
-#[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "a hint on a raw pointer"))]
-pub(crate) fn fetch(row: &[u32], first: usize, columns: usize) {
-    /// Pairs in a line of the cache.
-    const LINE: usize = 16;
-    let (from, to) = (first / 2, (first + columns).div_ceil(2).min(row.len()));
-    for line in row.get(from..to).unwrap_or_default().chunks(LINE) {
-        // SAFETY: a hint reads nothing, and the line is within the row.
-        #[cfg(target_arch = "x86_64")]
-        unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.as_ptr().cast());
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = line;
-    }
-}
-
 vectorized! {
     /// The numbers of pairs, in their order; as many as `numbers` holds.
     pub(crate) fn unpair(pairs: &[u32], numbers: &mut [f32]) {

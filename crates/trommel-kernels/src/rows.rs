@@ -1,7 +1,7 @@
 //! Left operands of products, in the numbers that their precision is multiplied in: rounded and paired once for several
 //! products, and kept instead of `f32` where only products read them.
 
-use crate::bf16::{fetch, interleave, interleave_pairs, pair_up, round_all, unpair};
+use crate::bf16::{interleave, interleave_pairs, pair_up, round_all, unpair};
 use crate::isa::Isa;
 use crate::lines::Lines;
 use crate::matmul::Matrix;
@@ -117,15 +117,6 @@ impl Rows {
                 all_rows[..all].chunks_mut(part).map(|part| rows(NumbersMut::Rounded(part))).collect()
             }
             Numbers::Paired(pairs) => pairs[..all].chunks_mut(part).map(|part| rows(NumbersMut::Paired(part))).collect(),
-        }
-    }
-
-    /// Asks for row `row`, which will be loaded soon; does nothing where there is none.
-    pub fn fetch(&self, row: usize) {
-        if let Numbers::Paired(pairs) = &self.numbers
-            && let Some(pairs) = pairs.get(row * self.row..(row + 1) * self.row)
-        {
-            fetch(pairs, 0, self.columns);
         }
     }
 

@@ -478,7 +478,6 @@ fn mlp_backward(config: &Config, panels: &LayerPanels, packed: &Rows, operands: 
         // Row by row, so that what is rounded and what is read again lies in the first cache.
         let (row, gradient) = (&mut scratch.packed[..packed_width], &mut scratch.packed_gradient);
         for (t, mlp_row) in (first..).zip(mlp_rows.chunks_exact_mut(mlp)) {
-            packed.fetch(t + 1);
             packed.load(t, row);
             match config.activation {
                 Activation::SwiGlu => activation::swiglu_backward(row, mlp, mlp_row, gradient),
