@@ -6,7 +6,6 @@
 use trommel_core::error::Result;
 use trommel_kernels::attention::{self, Shape};
 use trommel_kernels::encoder::{LayerNorm, add_bias, add_bias_and_gelu};
-use trommel_kernels::lines::Lines;
 use trommel_kernels::matmul::{Matrix, MatrixMut, Target};
 use trommel_kernels::panels::{Panels, Precision};
 
@@ -45,10 +44,10 @@ struct Linear {
 /// Memory of one thread's passes.
 #[derive(Default)]
 pub(crate) struct Scratch {
-    states: Lines<f32>,    // (time, hidden)
-    projected: Lines<f32>, // (time, 3 * hidden)
-    attended: Lines<f32>,  // (time, hidden)
-    wide: Lines<f32>,      // (time, intermediate)
+    states: Vec<f32>,    // (time, hidden)
+    projected: Vec<f32>, // (time, 3 * hidden)
+    attended: Vec<f32>,  // (time, hidden)
+    wide: Vec<f32>,      // (time, intermediate)
     attention: attention::Scratch,
 }
 
@@ -80,12 +79,11 @@ impl Bert {
         let (time, hidden) = (ids.len(), self.hidden);
         let Scratch { states, projected, attended, wide, attention } = scratch;
         let shape = Shape { time, heads: self.heads, head: hidden / self.heads };
-        assert!(time * hidden <= self.positions.len(), "a text is longer than the model's positions");
-        states.resize(time * hidden, 0.0);
-        let rows = states.chunks_exact_mut(hidden).zip(self.positions.chunks_exact(hidden));
-        for ((state, position), id) in rows.zip(ids) {
+        states.clear();
+        for (at, id) in ids.iter().enumerate() {
             let word = &self.words[*id as usize * hidden..][..hidden];
-            state.iter_mut().zip(word).zip(position).for_each(|((state, word), position)| *state = word + position);
+            let position = &self.positions[at * hidden..][..hidden];
+            states.extend(word.iter().zip(position).map(|(word, position)| word + position));
         }
         self.norm.apply(states);
         attended.resize(time * hidden, 0.0);
@@ -107,7 +105,7 @@ impl Bert {
 
 impl Linear {
     /// `out = x weight`; the bias is left to the caller.
-    fn apply(&self, x: &[f32], out: &mut Lines<f32>) {
+    fn apply(&self, x: &[f32], out: &mut Vec<f32>) {
         let (inputs, outputs) = (self.weight.rows(), self.bias.len());
         let rows = x.len() / inputs;
         out.resize(rows * outputs, 0.0);

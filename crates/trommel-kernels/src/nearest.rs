@@ -14,7 +14,6 @@ use rayon::prelude::*;
 
 use crate::bf16::round_to_bf16;
 use crate::isa::Isa;
-use crate::lines::Lines;
 use crate::matmul::{Matrix, MatrixMut, Target};
 use crate::panels::{Panels, Precision};
 use crate::vectorize::{LANES, dot, fold, vectorized};
@@ -108,11 +107,7 @@ impl Centroids {
         assert!(vectors.len().is_multiple_of(self.dimensions), "vectors have a wrong shape");
         let mut found = vec![Nearest { index: 0, squared_distance: f32::INFINITY }; vectors.len() / self.dimensions];
         found.par_chunks_mut(ROWS).zip(vectors.par_chunks(ROWS * self.dimensions)).for_each_init(
-            || {
-                let mut scores = Lines::default();
-                scores.resize(ROWS * COLUMNS, 0.0);
-                (scores, vec![Vec::new(); ROWS])
-            },
+            || (vec![0.0; ROWS * COLUMNS], vec![Vec::new(); ROWS]),
             |(scores, candidates), (found, vectors)| {
                 self.find_candidates(vectors, scores, &mut candidates[..found.len()]);
                 let rows = found.iter_mut().zip(vectors.chunks_exact(self.dimensions)).zip(candidates);
