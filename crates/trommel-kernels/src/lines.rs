@@ -4,8 +4,8 @@ use std::ops::{Deref, DerefMut};
 
 use aligned_vec::{AVec, ConstAlign};
 
-/// A vector whose first element lies at the border of a cache line.
-#[derive(Debug, Clone)]
+/// A vector whose first element lies at the border of a cache line, empty by [`Default`], which [`AVec`] lacks.
+#[derive(Debug)]
 pub struct Lines<T>(AVec<T, ConstAlign<64>>);
 
 impl<T> Default for Lines<T> {

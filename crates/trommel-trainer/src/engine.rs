@@ -126,7 +126,7 @@ impl Engine {
             let (parameters, gradient) = (Lines::from(&*parameters), Lines::default());
             let native = Native::new(config, precision);
             let teacher = None;
-            let [first_moment, second_moment] = Default::default();
+            let (first_moment, second_moment) = (Vec::new(), Vec::new());
             let host = Host { native, teacher, parameters, gradient, first_moment, second_moment };
             Place::Host(Box::new(host))
         };
