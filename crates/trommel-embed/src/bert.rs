@@ -8,6 +8,7 @@ use trommel_kernels::attention::{self, Shape};
 use trommel_kernels::encoder::{LayerNorm, add_bias, add_bias_and_gelu};
 use trommel_kernels::matmul::{Matrix, MatrixMut, Target};
 use trommel_kernels::panels::{Panels, Precision};
+use trommel_kernels::rows::Rows;
 
 use crate::encoder_config::BertConfig;
 use crate::model_folder::Tensors;
@@ -46,6 +47,7 @@ struct Linear {
 pub(crate) struct Scratch {
     states: Vec<f32>,    // (time, hidden)
     projected: Vec<f32>, // (time, 3 * hidden)
+    qkv: Option<Rows>,   // (time, 3 * hidden), as products read them
     attended: Vec<f32>,  // (time, hidden)
     wide: Vec<f32>,      // (time, intermediate)
     attention: attention::Scratch,
@@ -77,7 +79,8 @@ impl Bert {
     /// The last layer's states of one text: `ids` (time) gives `(time, hidden)`, in `scratch`.
     pub(crate) fn states<'a>(&self, ids: &[u32], scratch: &'a mut Scratch) -> &'a [f32] {
         let (time, hidden) = (ids.len(), self.hidden);
-        let Scratch { states, projected, attended, wide, attention } = scratch;
+        let Scratch { states, projected, qkv, attended, wide, attention } = scratch;
+        let qkv = qkv.get_or_insert_with(|| Rows::new(self.precision));
         let shape = Shape { time, heads: self.heads, head: hidden / self.heads };
         states.clear();
         for (at, id) in ids.iter().enumerate() {
@@ -90,7 +93,8 @@ impl Bert {
         for layer in &self.layers {
             layer.projections.apply(states, projected);
             add_bias(projected, &layer.projections.bias);
-            attention::forward_unmasked(shape, self.precision, projected, attended, attention);
+            qkv.pack(Matrix::new(projected, time, 3 * hidden));
+            attention::forward_unmasked(shape, qkv, attended, attention);
             layer.attention_output.add_to(states, attended);
             layer.attention_norm.apply(states);
 

@@ -19,9 +19,12 @@
 //!   dV = shares dO      dK = dscores Q                        in O only, after the product
 //! ```
 //!
-//! All products are in the precision that the caller asks for; scores, like every sum, are `f32`.
+//! All products are in the precision of the rows that the caller hands in; scores, like every sum, are `f32`.
 //!
-//! A sequence arrives as packed rows: `qkv` is (time, 3 * heads * head), queries first, already turned to their positions.
+//! A sequence arrives as packed rows: `qkv` is (time, 3 * heads * head), queries first, already turned to their positions. The
+//! numbers of a head are even.
+
+use std::ops::Range;
 
 use crate::lines::Lines;
 use crate::matmul::{Matrix, MatrixMut, Target};
@@ -55,8 +58,8 @@ impl Shape {
         1.0 / (self.head as f32).sqrt()
     }
 
-    fn check(self, qkv: &[f32], out: &[f32], log_sums: &[f32]) {
-        assert_eq!(qkv.len(), self.time * 3 * self.width());
+    fn check(self, qkv: &Rows, out: &[f32], log_sums: &[f32]) {
+        assert_eq!(qkv.columns, 3 * self.width());
         assert_eq!(out.len(), self.time * self.width());
         assert_eq!(log_sums.len(), self.time * self.heads);
     }
@@ -69,9 +72,12 @@ impl Shape {
         (0..self.time).step_by(BLOCK).map(|from| Block::causal(from, starts)).collect()
     }
 
-    /// The rows (count, head) of head `h` from position `first` on in `rows`, which are `width` numbers each.
-    fn rows_of(self, rows: &[f32], width: usize, first: usize, count: usize, offset: usize) -> Matrix<'_> {
-        Matrix::strided(&rows[first * width + offset..], count, self.head, width)
+    /// The columns of a head's queries, keys and values.
+    fn columns(self, head: usize) -> [Range<usize>; 3] {
+        [0, 1, 2].map(|part| {
+            let from = part * self.width() + head * self.head;
+            from..from + self.head
+        })
     }
 }
 
@@ -96,7 +102,7 @@ struct Seen {
 
 impl Seen {
     /// The keys that any of the queries may see.
-    fn keys(&self) -> std::ops::Range<usize> {
+    fn keys(&self) -> Range<usize> {
         let ends = self.first.iter().zip(&self.count).map(|(first, count)| first + count);
         let end = ends.max().unwrap_or(0);
         self.first[0].min(end) as usize..end as usize
@@ -134,8 +140,6 @@ fn parts(queries: usize, seen: impl Fn(usize) -> (u32, u32)) -> [Seen; PARTS] {
 #[derive(Debug)]
 pub struct Scratch {
     precision: Precision,
-    keys: Rows,                  // (time, head)
-    values: Rows,                // (time, head)
     key_panels: Panels,          // (time, head)
     value_panels: Panels,        // (time, head)
     query_panels: Panels,        // (time, head)
@@ -156,11 +160,9 @@ impl Default for Scratch {
 
 impl Scratch {
     fn new(precision: Precision) -> Self {
-        let (narrow, wide, rows) = (|| Panels::narrow(precision), || Panels::wide(precision), || Rows::new(precision));
+        let (narrow, wide) = (|| Panels::narrow(precision), || Panels::wide(precision));
         Scratch {
             precision,
-            keys: rows(),
-            values: rows(),
             key_panels: narrow(),
             value_panels: narrow(),
             query_panels: narrow(),
@@ -168,7 +170,7 @@ impl Scratch {
             queries: wide(),
             gradients: wide(),
             shares: wide(),
-            share_rows: rows(),
+            share_rows: Rows::new(precision),
             scores: Lines::default(),
             score_gradients: Lines::default(),
         }
@@ -190,43 +192,34 @@ impl Scratch {
 /// `log_sums` (heads, time), which the backward pass needs.
 pub fn forward(
     shape: Shape,
-    precision: Precision,
-    qkv: &[f32],
+    qkv: &Rows,
     starts: &[u32],
     out: &mut [f32],
     log_sums: &mut [f32],
     scratch: &mut Scratch,
 ) {
-    attend(shape, precision, qkv, &shape.causal_blocks(starts), out, log_sums, scratch);
+    attend(shape, qkv, &shape.causal_blocks(starts), out, log_sums, scratch);
 }
 
 /// [`forward`] where every query sees every key, as in an encoder.
-pub fn forward_unmasked(shape: Shape, precision: Precision, qkv: &[f32], out: &mut [f32], scratch: &mut Scratch) {
+pub fn forward_unmasked(shape: Shape, qkv: &Rows, out: &mut [f32], scratch: &mut Scratch) {
     let blocks: Vec<Block> = (0..shape.time).step_by(BLOCK).map(|from| Block::unmasked(from, shape.time)).collect();
-    attend(shape, precision, qkv, &blocks, out, &mut vec![0.0; shape.heads * shape.time], scratch);
+    attend(shape, qkv, &blocks, out, &mut vec![0.0; shape.heads * shape.time], scratch);
 }
 
-fn attend(
-    shape: Shape,
-    precision: Precision,
-    qkv: &[f32],
-    blocks: &[Block],
-    out: &mut [f32],
-    log_sums: &mut [f32],
-    scratch: &mut Scratch,
-) {
+fn attend(shape: Shape, qkv: &Rows, blocks: &[Block], out: &mut [f32], log_sums: &mut [f32], scratch: &mut Scratch) {
     shape.check(qkv, out, log_sums);
-    scratch.reserve(precision, shape.time);
-    let (time, width, head, row) = (shape.time, shape.width(), shape.head, 3 * shape.width());
-    let Scratch { keys, value_panels, queries, shares, scores, .. } = scratch;
+    scratch.reserve(qkv.precision(), shape.time);
+    let (time, width, head) = (shape.time, shape.width(), shape.head);
+    let Scratch { value_panels, queries, shares, scores, .. } = scratch;
     for (h, log_sums) in log_sums.chunks_exact_mut(time).enumerate() {
-        keys.pack(shape.rows_of(qkv, row, 0, time, width + h * head));
-        value_panels.pack_here(shape.rows_of(qkv, row, 0, time, 2 * width + h * head));
+        let [query, key, value] = shape.columns(h);
+        value_panels.pack_columns(qkv, 0..time, &value);
         for block in blocks {
             let scores = &mut scores[..block.keys * BLOCK];
-            queries.pack_here(shape.rows_of(qkv, row, block.from, block.queries, h * head).transposed());
+            queries.pack_columns_turned(qkv, block.from..block.from + block.queries, &query);
             let products = MatrixMut::strided(scores, block.keys, block.queries, BLOCK);
-            queries.multiply_from(0, products, Target::Overwrite, keys.operand(block.key));
+            queries.multiply_from(0, products, Target::Overwrite, qkv.operand_of(block.key, &key));
             let mut sums = [0.0; BLOCK];
             let log_sums = &mut log_sums[block.from..block.from + block.queries];
             softmax(scores, block, shape.scale(), &mut sums, log_sums);
@@ -244,8 +237,7 @@ fn attend(
 #[expect(clippy::too_many_arguments, reason = "the operands and results of one gradient")]
 pub fn backward(
     shape: Shape,
-    precision: Precision,
-    qkv: &[f32],
+    qkv: &Rows,
     starts: &[u32],
     out: &[f32],
     log_sums: &[f32],
@@ -255,27 +247,27 @@ pub fn backward(
 ) {
     shape.check(qkv, out, log_sums);
     let blocks = shape.causal_blocks(starts);
-    assert!(out_gradient.len() == out.len() && qkv_gradient.len() == qkv.len());
-    scratch.reserve(precision, shape.time);
+    assert!(out_gradient.len() == out.len() && qkv_gradient.len() == 3 * out.len());
+    scratch.reserve(qkv.precision(), shape.time);
     let (time, width, head, row) = (shape.time, shape.width(), shape.head, 3 * shape.width());
     for (h, log_sums) in log_sums.chunks_exact(time).enumerate() {
-        let [q_at, k_at, v_at] = [0, 1, 2].map(|part| part * width + h * head);
-        scratch.keys.pack(shape.rows_of(qkv, row, 0, time, k_at));
-        scratch.values.pack(shape.rows_of(qkv, row, 0, time, v_at));
-        scratch.key_panels.pack_here(shape.rows_of(qkv, row, 0, time, k_at));
-        scratch.query_panels.pack_here(shape.rows_of(qkv, row, 0, time, q_at));
-        scratch.gradient_panels.pack_here(shape.rows_of(out_gradient, width, 0, time, h * head));
+        let [query, key, value] = shape.columns(h);
+        let out_gradient_from =
+            |first: usize, count: usize| Matrix::strided(&out_gradient[first * width + h * head..], count, head, width);
+        scratch.key_panels.pack_columns(qkv, 0..time, &key);
+        scratch.query_panels.pack_columns(qkv, 0..time, &query);
+        scratch.gradient_panels.pack_here(out_gradient_from(0, time));
         for block in &blocks {
             let (from, queries, keys) = (block.from, block.queries, block.keys);
             let scores = &mut scratch.scores[..keys * BLOCK];
             let score_gradients = &mut scratch.score_gradients[..keys * BLOCK];
 
-            scratch.queries.pack_here(shape.rows_of(qkv, row, from, queries, q_at).transposed());
-            scratch.gradients.pack_here(shape.rows_of(out_gradient, width, from, queries, h * head).transposed());
+            scratch.queries.pack_columns_turned(qkv, from..from + queries, &query);
+            scratch.gradients.pack_here(out_gradient_from(from, queries).transposed());
             let products = MatrixMut::strided(scores, keys, queries, BLOCK);
-            scratch.queries.multiply_from(0, products, Target::Overwrite, scratch.keys.operand(block.key));
+            scratch.queries.multiply_from(0, products, Target::Overwrite, qkv.operand_of(block.key, &key));
             let products = MatrixMut::strided(score_gradients, keys, queries, BLOCK);
-            scratch.gradients.multiply_from(0, products, Target::Overwrite, scratch.values.operand(block.key));
+            scratch.gradients.multiply_from(0, products, Target::Overwrite, qkv.operand_of(block.key, &value));
 
             let at = from * width + h * head;
             let along = along(&out[at..], &out_gradient[at..], width, head, queries);
@@ -290,10 +282,10 @@ pub fn backward(
                     right.multiply_from(from, sums, target, scratch.share_rows.operand(key));
                 }
             };
-            add(v_at, &scratch.gradient_panels, scores);
-            add(k_at, &scratch.query_panels, score_gradients);
+            add(value.start, &scratch.gradient_panels, scores);
+            add(key.start, &scratch.query_panels, score_gradients);
             scratch.shares.pack_here(Matrix::new(score_gradients, keys, BLOCK));
-            let rows = MatrixMut::strided(&mut qkv_gradient[from * row + q_at..], queries, head, row);
+            let rows = MatrixMut::strided(&mut qkv_gradient[from * row + query.start..], queries, head, row);
             scratch.key_panels.multiply_from(block.key, rows, Target::Overwrite, scratch.shares.turned());
         }
     }
@@ -428,9 +420,13 @@ pub(crate) fn exp_sum(x: &mut [f32], largest: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::ops::Range;
-
     use crate::probe::{close, numbers, slope};
+
+    fn rows(shape: Shape, precision: Precision, qkv: &[f32]) -> Rows {
+        let mut rows = Rows::new(precision);
+        rows.pack(Matrix::new(qkv, shape.time, 3 * shape.width()));
+        rows
+    }
 
     /// The definition, one query and one key at a time.
     fn naive(shape: Shape, qkv: &[f32], seen: impl Fn(usize) -> Range<usize>) -> Vec<f64> {
@@ -471,7 +467,7 @@ mod tests {
             let mut scratch = Scratch::default();
             // A number of `bf16` is off by up to 2^-9 of its size; scores, shares and values are of size 1.
             for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 1e-2)] {
-                forward(shape, precision, &qkv, &starts, &mut out, &mut log_sums, &mut scratch);
+                forward(shape, &rows(shape, precision, &qkv), &starts, &mut out, &mut log_sums, &mut scratch);
                 for (got, expected) in out.iter().zip(naive(shape, &qkv, causal(&starts))) {
                     close(f64::from(*got), expected, tolerance);
                 }
@@ -485,7 +481,7 @@ mod tests {
             let shape = Shape { time, heads: 2, head: 6 };
             let (qkv, mut out) = (numbers(time * 36, 1), vec![0.0; time * 12]);
             for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 1e-2)] {
-                forward_unmasked(shape, precision, &qkv, &mut out, &mut Scratch::default());
+                forward_unmasked(shape, &rows(shape, precision, &qkv), &mut out, &mut Scratch::default());
                 for (got, expected) in out.iter().zip(naive(shape, &qkv, |_| 0..time)) {
                     close(f64::from(*got), expected, tolerance);
                 }
@@ -502,8 +498,8 @@ mod tests {
         let [exact, rounded] = [Precision::F32, Precision::Bf16].map(|precision| {
             let (mut out, mut log_sums) = (vec![0.0; time * width], vec![0.0; time * shape.heads]);
             let mut gradient = vec![7.0; qkv.len()];
-            forward(shape, precision, &qkv, &starts, &mut out, &mut log_sums, &mut scratch);
-            backward(shape, precision, &qkv, &starts, &out, &log_sums, &weight, &mut gradient, &mut scratch);
+            forward(shape, &rows(shape, precision, &qkv), &starts, &mut out, &mut log_sums, &mut scratch);
+            backward(shape, &rows(shape, precision, &qkv), &starts, &out, &log_sums, &weight, &mut gradient, &mut scratch);
             gradient
         });
         let squares = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x) * f64::from(x)).sum::<f64>();
@@ -518,8 +514,8 @@ mod tests {
             let (qkv, starts, weight) = (numbers(time * 12, 1), documents(time, &borders), numbers(time * 4, 2));
             let (mut out, mut log_sums, mut gradient) = (vec![0.0; time * 4], vec![0.0; time * 2], vec![7.0; time * 12]);
             let mut scratch = Scratch::default();
-            forward(shape, Precision::F32, &qkv, &starts, &mut out, &mut log_sums, &mut scratch);
-            backward(shape, Precision::F32, &qkv, &starts, &out, &log_sums, &weight, &mut gradient, &mut scratch);
+            forward(shape, &rows(shape, Precision::F32, &qkv), &starts, &mut out, &mut log_sums, &mut scratch);
+            backward(shape, &rows(shape, Precision::F32, &qkv), &starts, &out, &log_sums, &weight, &mut gradient, &mut scratch);
             let value =
                 |qkv: &[f32]| naive(shape, qkv, causal(&starts)).iter().zip(&weight).map(|(y, w)| y * f64::from(*w)).sum();
             for i in (0..qkv.len()).step_by(if time > 8 { 11 } else { 1 }) {
@@ -534,7 +530,7 @@ mod tests {
         let starts = documents(100, &[37]);
         let run = |qkv: &[f32]| {
             let (mut out, mut log_sums) = (vec![0.0; 400], vec![0.0; 100]);
-            forward(shape, Precision::F32, qkv, &starts, &mut out, &mut log_sums, &mut Scratch::default());
+            forward(shape, &rows(shape, Precision::F32, qkv), &starts, &mut out, &mut log_sums, &mut Scratch::default());
             out
         };
         let mut qkv = numbers(1200, 1);

@@ -72,22 +72,29 @@ pub(crate) fn interleave(source: &[f32], row_stride: usize, (rows, columns): (us
     }
 }
 
-/// [`interleave`] of numbers `columns` of `rows` rows that are in pairs themselves, `row_stride` pairs apart; rows of `out` have
-/// no gaps.
+/// [`interleave`] of numbers `columns` of `rows` rows that are in pairs themselves, `row_stride` pairs apart.
 #[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "calls a variant after checking for its instructions"))]
-pub(crate) fn interleave_pairs(source: &[u32], row_stride: usize, rows: usize, columns: Range<usize>, out: &mut [u32]) {
+pub(crate) fn interleave_pairs(
+    source: &[u32],
+    row_stride: usize,
+    rows: usize,
+    columns: Range<usize>,
+    out: &mut [u32],
+    stride: usize,
+) {
     if rows == 0 || columns.is_empty() {
         return;
     }
     assert!(columns.end <= 2 * row_stride && (rows - 1) * row_stride + columns.end.div_ceil(2) <= source.len());
-    assert!(rows.div_ceil(2) * columns.len() <= out.len());
+    assert!(columns.len() <= stride, "rows that overlap");
+    assert!((rows.div_ceil(2) - 1) * stride + columns.len() <= out.len());
     #[cfg(target_arch = "x86_64")]
     if Isa::current() >= Isa::Avx512Bf16 {
         // SAFETY: the level has the instructions, and the lengths were checked.
-        return unsafe { hardware::interleave_pairs(source, row_stride, rows, columns, out) };
+        return unsafe { hardware::interleave_pairs(source, row_stride, rows, columns, out, stride) };
     }
     let half = |row: usize, i: usize| if row < rows { source[row * row_stride + i / 2] >> (i % 2 * 16) & 0xffff } else { 0 };
-    for (step, out) in out.chunks_exact_mut(columns.len()).take(rows.div_ceil(2)).enumerate() {
+    for (step, out) in out.chunks_mut(stride).take(rows.div_ceil(2)).enumerate() {
         out.iter_mut().zip(columns.clone()).for_each(|(pair, i)| *pair = half(2 * step, i) | half(2 * step + 1, i) << 16);
     }
 }
@@ -137,11 +144,11 @@ pub(crate) fn pair_up_columns(
 
 /// Exchanges rows and columns of pairs: pair `l` of row `r` is at `l * stride + r` of `source` and goes to `r * out_stride + l`
 /// of `out`.
-#[cfg(target_arch = "x86_64")]
-#[expect(unsafe_code, reason = "calls a variant after checking for its instructions")]
+#[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "calls a variant after checking for its instructions"))]
 pub(crate) fn turn_pairs(source: &[u32], stride: usize, (steps, rows): (usize, usize), out: &mut [u32], out_stride: usize) {
     assert!(steps > 0 && rows > 0 && rows <= stride && steps <= out_stride);
     assert!((steps - 1) * stride + rows <= source.len() && (rows - 1) * out_stride + steps <= out.len());
+    #[cfg(target_arch = "x86_64")]
     if Isa::current() >= Isa::Avx512 {
         // SAFETY: the level has the instructions, and the lengths were checked.
         return unsafe { hardware::turn_pairs(source, stride, (steps, rows), out, out_stride) };
@@ -242,6 +249,7 @@ mod hardware {
         rows: usize,
         columns: Range<usize>,
         out: &mut [u32],
+        stride: usize,
     ) {
         /// Pairs of rows that are asked for before they are read: the processor does not foresee pieces that lie far apart.
         const AHEAD: usize = 8;
@@ -251,7 +259,7 @@ mod hardware {
         let halves = halves.map(|half: [u16; 2 * LANES]| unsafe { _mm512_loadu_si512(half.as_ptr().cast()) });
         let row = |row: usize| source.as_ptr().wrapping_add(row * row_stride).cast::<i16>().wrapping_add(columns.start);
         for step in 0..rows.div_ceil(2) {
-            let to = out.as_mut_ptr().wrapping_add(step * columns.len());
+            let to = out.as_mut_ptr().wrapping_add(step * stride);
             for at in (0..columns.len()).step_by(2 * LANES) {
                 let left = columns.len() - at;
                 let here = u32::MAX >> (2 * LANES - left.min(2 * LANES));

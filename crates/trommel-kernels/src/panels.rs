@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 #[cfg(target_arch = "x86_64")]
 use crate::amx;
-use crate::bf16::{self, interleave, pair_up_columns, round_all};
+use crate::bf16::{self, interleave, interleave_pairs, pair_up_columns, round_all, turn_pairs};
 use crate::isa::Isa;
 use crate::matmul::{Matrix, MatrixMut, Target, multiply};
 use crate::rows::{Numbers, Operand, Rows};
@@ -86,6 +86,50 @@ impl Panels {
         self.reserve(right.rows, right.columns);
         let steps = self.steps();
         self.cut(all_threads).write(&mut self.numbers, 0..steps, right);
+    }
+
+    /// Replaces the content by `columns` of `rows` of `of`, which are of the same kind, on this thread. Both ends of `columns`
+    /// are even.
+    pub(crate) fn pack_columns(&mut self, of: &Rows, rows: Range<usize>, columns: &Range<usize>) {
+        let unit = of.columns_in_a_step(columns);
+        let from = rows.start * of.row + columns.start / unit;
+        match &of.numbers {
+            Numbers::Whole(numbers) | Numbers::Rounded(numbers) => {
+                self.pack_here(Matrix::strided(&numbers[from..], rows.len(), columns.len(), of.row));
+            }
+            Numbers::Paired(source) => self.fill_from_pairs((rows.len(), columns.len()), |first, here, panel, width| {
+                interleave_pairs(&source[from..], of.row, rows.len(), first..first + here, panel, width);
+            }),
+        }
+    }
+
+    /// [`Panels::pack_columns`], transposed.
+    pub(crate) fn pack_columns_turned(&mut self, of: &Rows, rows: Range<usize>, columns: &Range<usize>) {
+        let unit = of.columns_in_a_step(columns);
+        let from = rows.start * of.row + columns.start / unit;
+        match &of.numbers {
+            Numbers::Whole(numbers) | Numbers::Rounded(numbers) => {
+                self.pack_here(Matrix::strided(&numbers[from..], rows.len(), columns.len(), of.row).transposed());
+            }
+            Numbers::Paired(source) => self.fill_from_pairs((columns.len(), rows.len()), |first, here, panel, width| {
+                turn_pairs(&source[from + first * of.row..], of.row, (here, columns.len() / unit), panel, width);
+            }),
+        }
+    }
+
+    /// Replaces the content by (rows, columns) numbers in pairs, which `fill(first column, columns, panel, width)` writes to each
+    /// panel.
+    fn fill_from_pairs(&mut self, (rows, columns): (usize, usize), fill: impl Fn(usize, usize, &mut [u32], usize)) {
+        self.reserve(rows, columns);
+        let (len, steps, width) = (self.len(), self.steps(), self.width.columns());
+        let Numbers::Paired(pairs) = &mut self.numbers else { unreachable!("both operands of a product are of one kind") };
+        for (panel, first) in pairs[..len].chunks_exact_mut((width * steps).max(1)).zip((0..columns).step_by(width)) {
+            let here = width.min(columns - first);
+            if here < width {
+                panel.fill(0);
+            }
+            fill(first, here, panel, width);
+        }
     }
 
     /// Makes room for `rows` rows of `columns` columns, which [`Panels::store`] is to write.

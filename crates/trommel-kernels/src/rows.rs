@@ -1,6 +1,8 @@
 //! Left operands of products, in the numbers that their precision is multiplied in: rounded and paired once for several
 //! products, and kept instead of `f32` where only products read them.
 
+use std::ops::Range;
+
 use crate::bf16::{interleave, interleave_pairs, pair_up, round_all, unpair};
 use crate::isa::Isa;
 use crate::lines::Lines;
@@ -173,15 +175,33 @@ impl Rows {
                 copy(numbers, (0..rows).map(|row| &of_numbers[row * of.row + first..][..columns]));
             }
             (Numbers::Paired(pairs), Numbers::Paired(of_pairs)) => {
-                interleave_pairs(of_pairs, of.row, rows, first..first + columns, pairs);
+                interleave_pairs(of_pairs, of.row, rows, first..first + columns, pairs, columns);
             }
             _ => unreachable!("both operands of a product are of one kind"),
         }
     }
 
+    /// What the numbers are multiplied in.
+    pub(crate) fn precision(&self) -> Precision {
+        if matches!(self.numbers, Numbers::Whole(_)) { Precision::F32 } else { Precision::Bf16 }
+    }
+
     /// The numbers from row `first` on.
     pub(crate) fn operand(&self, first: usize) -> Operand<'_> {
         self.numbers.operand(first * self.row, self.row, self.step, self.steps)
+    }
+
+    /// The numbers `columns` of the rows from row `first` on. Both ends of `columns` are even.
+    pub(crate) fn operand_of(&self, first: usize, columns: &Range<usize>) -> Operand<'_> {
+        let unit = self.columns_in_a_step(columns);
+        self.numbers.operand(first * self.row + columns.start / unit, self.row, 1, columns.len() / unit)
+    }
+
+    /// How many of `columns` a step holds, where the rows may be cut to these.
+    pub(crate) fn columns_in_a_step(&self, columns: &Range<usize>) -> usize {
+        assert!(self.step == 1 && columns.end <= self.columns, "columns of another shape");
+        assert!(columns.start.is_multiple_of(2) && columns.end.is_multiple_of(2), "columns that cut a pair");
+        if matches!(self.numbers, Numbers::Paired(_)) { 2 } else { 1 }
     }
 }
 

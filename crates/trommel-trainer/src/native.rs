@@ -76,7 +76,7 @@ struct Operands {
 
 #[derive(Debug)]
 struct LayerRows {
-    qkv: Lines<f32>,      // (time, 3 * width), queries and keys turned
+    qkv: Rows,            // (time, 3 * width), queries and keys turned
     attended: Lines<f32>, // (time, width)
     log_sums: Lines<f32>, // (heads, time)
     middle: Lines<f32>,   // (time, width), residual stream
@@ -112,6 +112,7 @@ impl LayerPanels {
 struct Scratch {
     attention: attention::Scratch,
     rows: Lines<f32>,            // (time, width); in the forward pass one of them is used
+    qkv: Lines<f32>,             // (POSITIONS, 3 * width)
     qkv_gradient: Lines<f32>,    // (time, 3 * width)
     packed: Lines<f32>,          // (POSITIONS, packed * mlp); in the backward pass one of them is used
     packed_gradient: Lines<f32>, // (packed * mlp)
@@ -121,6 +122,7 @@ struct Scratch {
 impl Scratch {
     fn resize(&mut self, time: usize, config: &Config) {
         self.rows.resize(time * config.width, 0.0);
+        self.qkv.resize(POSITIONS * 3 * config.width, 0.0);
         self.qkv_gradient.resize(time * 3 * config.width, 0.0);
         let packed = config.activation.packed() * config.mlp;
         self.packed.resize(POSITIONS * packed, 0.0);
@@ -315,20 +317,18 @@ impl Sequence {
             let [input, next] = &mut self.inputs[layer..layer + 2] else { unreachable!("two streams border a layer") };
 
             let (gain, eps) = (weights.attention_gain, config.norm_eps as f32);
-            let qkv = MatrixMut::new(&mut rows.qkv, time, 3 * width);
-            panels.qkv.multiply_made(qkv, Target::Overwrite, &mut scratch.rows[..width], |t, normed| {
-                norm::forward(&input[t * width..(t + 1) * width], gain, eps, normed);
-            });
-            rotary.apply(&mut rows.qkv, 3 * width, 2 * config.heads, 0, Turn::Forward);
-            attention::forward(
-                shape,
-                panels.precision,
-                &rows.qkv,
-                starts,
-                &mut rows.attended,
-                &mut rows.log_sums,
-                &mut scratch.attention,
-            );
+            for first in (0..time).step_by(POSITIONS) {
+                let here = POSITIONS.min(time - first);
+                let qkv = &mut scratch.qkv[..here * 3 * width];
+                let out = MatrixMut::new(qkv, here, 3 * width);
+                panels.qkv.multiply_made(out, Target::Overwrite, &mut scratch.rows[..width], |t, normed| {
+                    norm::forward(&input[(first + t) * width..][..width], gain, eps, normed);
+                });
+                rotary.apply(qkv, 3 * width, 2 * config.heads, first, Turn::Forward);
+                rows.qkv.store(first, Matrix::new(qkv, here, 3 * width));
+            }
+            let (attended, log_sums) = (&mut rows.attended, &mut rows.log_sums);
+            attention::forward(shape, &rows.qkv, starts, attended, log_sums, &mut scratch.attention);
             rows.middle.copy_from_slice(input);
             let middle = MatrixMut::new(&mut rows.middle, time, width);
             panels.output.multiply(middle, Target::Add, Matrix::new(&rows.attended, time, width));
@@ -381,7 +381,6 @@ impl Sequence {
         operands.output_inputs.pack_here(Matrix::new(&rows.attended, time, width));
         attention::backward(
             shape,
-            panels.precision,
             &rows.qkv,
             starts,
             &rows.attended,
@@ -418,12 +417,12 @@ impl Operands {
 
 impl LayerRows {
     fn new(precision: Precision) -> Self {
-        let empty = Lines::default;
-        LayerRows { qkv: empty(), attended: empty(), log_sums: empty(), middle: empty(), packed: Rows::new(precision) }
+        let (rows, empty) = (|| Rows::new(precision), Lines::default);
+        LayerRows { qkv: rows(), attended: empty(), log_sums: empty(), middle: empty(), packed: rows() }
     }
 
     fn resize(&mut self, time: usize, config: &Config) {
-        self.qkv.resize(time * 3 * config.width, 0.0);
+        self.qkv.reserve(time, 3 * config.width);
         self.attended.resize(time * config.width, 0.0);
         self.log_sums.resize(time * config.heads, 0.0);
         self.middle.resize(time * config.width, 0.0);
