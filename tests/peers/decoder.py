@@ -1,8 +1,9 @@
 """A plain Llama-like decoder in PyTorch, of the sizes of `slm-9m` unless others are given, and its training step.
 
-As a program it trains a few steps in f32 and prints `{"peak_rss_bytes", "imported_rss_bytes", "loss"}`.
+As a program it trains some steps, then as many again, and prints `{"seconds", "loss"}` of these and `{"peak_rss_bytes",
+"imported_rss_bytes"}` of the process.
 """
-import json, sys
+import json, sys, time
 from typing import NamedTuple
 import torch, torch.nn as nn, torch.nn.functional as F
 
@@ -101,8 +102,13 @@ def resident(field):
 
 
 if __name__ == "__main__":
-    batch, context, steps, threads = map(int, sys.argv[1:])
+    precision, way, *sizes = sys.argv[1:]
+    batch, context, steps, threads = map(int, sizes)
     torch.set_num_threads(threads)
     imported = resident("VmRSS")
-    loss = Trainer(batch, context, "f32").train(steps)
-    print(json.dumps({"peak_rss_bytes": resident("VmHWM"), "imported_rss_bytes": imported, "loss": loss}))
+    trainer = Trainer(batch, context, precision, compiled=way == "compiled")
+    trainer.train(steps)
+    start = time.perf_counter()
+    loss = trainer.train(steps)
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "loss": loss, "peak_rss_bytes": resident("VmHWM"), "imported_rss_bytes": imported}))

@@ -1,27 +1,58 @@
 #!/usr/bin/env python3
-"""Steps of an 8.7M decoder on 16 x 256 random tokens: `trommel-trainer` against the better of eager and compiled PyTorch."""
-from peers import Ours, arguments, compare, fastest, note, seconds, size
-import math
-import torch
-from decoder import VOCABULARY, Trainer
+"""Steps of an 8.7M decoder on 16 x 256 random tokens: `trommel-trainer` against the better of eager and compiled PyTorch.
 
+Either side starts a fresh process for each round, whose first steps are not timed: PyTorch's speed is steady within a process
+and differs by 15% from one to the next. Its allocator keeps the memory that it has: to return it and fault it in again in
+each step, as is the default, costs PyTorch up to a tenth of its speed."""
+from peers import Ours, arguments, compare, note, size
+import json, math, os, pathlib, subprocess, sys
+from decoder import VOCABULARY
+
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 BATCH, CONTEXT, STEPS = size((16, 256, 3), (2, 16, 1))
 
 
-def same_loss(mine, theirs):
-    """Both start elsewhere, and random tokens teach nothing: what can be equal is the loss, about ln(vocabulary)."""
-    note(f"loss: ours {mine:.4f}, peer {theirs:.4f}, ln(vocabulary) {math.log(VOCABULARY):.4f}")
-    return abs(mine / theirs - 1) <= 0.02
+def ours(precision):
+    """What `trommel-bench` says of a round, after one that does not count."""
+    process = Ours("train", VOCABULARY, BATCH, CONTEXT, precision, STEPS, arguments.threads)
+    process.round()
+    said = process.round()
+    process.quit()
+    return said
+
+
+def peer(precision, way, settings):
+    """The same of PyTorch; `way` is eager or compiled, `settings` are variables of its environment."""
+    program = pathlib.Path(__file__).with_name("decoder.py")
+    command = [sys.executable, program, precision, way, *map(str, [BATCH, CONTEXT, STEPS, arguments.threads])]
+    done = subprocess.run(command, check=True, env=os.environ | settings, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
+
+
+def compare_training(row, unit, precision, way, settings, cost, **parameters):
+    """A row whose rounds cost what `cost` takes of what a process said."""
+    losses = {}
+
+    def side(name, process):
+        said = process()
+        losses[name] = said["loss"]
+        return cost(said)
+
+    def same_loss():
+        """Both start elsewhere, and random tokens teach nothing: what can be equal is the loss, about ln(vocabulary)."""
+        note(f"loss: ours {losses['ours']:.4f}, peer {losses['peer']:.4f}, ln(vocabulary) {math.log(VOCABULARY):.4f}")
+        return abs(losses["ours"] / losses["peer"] - 1) <= 0.02
+
+    compare(row, unit, lambda: side("ours", lambda: ours(precision)),
+            lambda: side("peer", lambda: peer(precision, way, settings)), agree=same_loss, packages=["torch"], **parameters)
 
 
 def run(precision, floor, goal):
-    torch.set_num_threads(arguments.threads)
-    ours = Ours("train", VOCABULARY, BATCH, CONTEXT, precision, STEPS, arguments.threads)
-    trainers = {way: Trainer(BATCH, CONTEXT, precision, compiled=way == "compiled") for way in ["eager", "compiled"]}
-    peer = fastest(trainers, lambda trainer: trainer.train(STEPS))
-    compare(f"training {precision}", "tokens/s", ours.seconds, lambda: seconds(lambda: peer.train(STEPS)), floor=floor,
-            goal=goal, agree=lambda: same_loss(ours.round()["loss"], peer.train(STEPS)),
-            figure=lambda cost: BATCH * CONTEXT * STEPS / cost, packages=["torch"])
+    times = {way: peer(precision, way, KEEP_MEMORY)["seconds"] for way in ["eager", "compiled"]}
+    way = min(times, key=times.get)
+    note(f"peer: {way} is taken of " + ", ".join(f"{name} {time:.3f} s" for name, time in times.items()))
+    compare_training(f"training {precision}", "tokens/s", precision, way, KEEP_MEMORY, lambda said: said["seconds"],
+                     floor=floor, goal=goal, figure=lambda cost: BATCH * CONTEXT * STEPS / cost)
 
 
 if __name__ == "__main__":

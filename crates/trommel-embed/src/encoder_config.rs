@@ -81,6 +81,12 @@ impl BertConfig {
         if !hidden.is_multiple_of(heads) {
             return Err(Error::config(format!("`hidden_size` {hidden} is not a multiple of `num_attention_heads` {heads}")));
         }
+        if !(hidden / heads).is_multiple_of(2) {
+            let head = hidden / heads;
+            return Err(Error::config(format!(
+                "a head has {head} numbers, supported are even ones: `hidden_size` / `num_attention_heads`"
+            )));
+        }
         Ok(())
     }
 }

@@ -190,14 +190,7 @@ impl Scratch {
 
 /// Writes the heads' outputs to `out` (time, heads * head) and the logarithm of each query's sum of exponentials to
 /// `log_sums` (heads, time), which the backward pass needs.
-pub fn forward(
-    shape: Shape,
-    qkv: &Rows,
-    starts: &[u32],
-    out: &mut [f32],
-    log_sums: &mut [f32],
-    scratch: &mut Scratch,
-) {
+pub fn forward(shape: Shape, qkv: &Rows, starts: &[u32], out: &mut [f32], log_sums: &mut [f32], scratch: &mut Scratch) {
     attend(shape, qkv, &shape.causal_blocks(starts), out, log_sums, scratch);
 }
 

@@ -501,6 +501,37 @@ mod tests {
     }
 
     #[test]
+    fn columns_of_rows_become_panels_in_both_directions() {
+        let (x, a, row) = (numbers(80 * 150, 1), numbers(3 * 102, 2), 150);
+        for (rows, columns) in [(0..1, 0..2), (3..80, 4..40), (10..75, 30..132)] {
+            for precision in [Precision::F32, Precision::Bf16] {
+                for (isa, width) in levels(precision).into_iter().flat_map(|isa| [(isa, Width::Narrow), (isa, Width::Wide)]) {
+                    let mut of = Rows::of(Numbers::new(isa, precision));
+                    of.pack(Matrix::new(&x, 80, row));
+                    let part = Matrix::strided(&x[rows.start * row + columns.start..], rows.len(), columns.len(), row);
+                    for turned in [false, true] {
+                        let part = if turned { part.transposed() } else { part };
+                        let product = |pack: &dyn Fn(&mut Panels)| {
+                            let mut panels = Panels::for_level(isa, precision, width);
+                            panels.pack_here(Matrix::new(&[f32::NAN; 160 * 160], 160, 160));
+                            pack(&mut panels);
+                            let mut out = vec![0.0; 3 * part.columns];
+                            let left = Matrix::new(&a[..3 * part.rows], 3, part.rows);
+                            panels.multiply(MatrixMut::new(&mut out, 3, part.columns), Target::Overwrite, left);
+                            out
+                        };
+                        let got = product(&|panels| match turned {
+                            false => panels.pack_columns(&of, rows.clone(), &columns),
+                            true => panels.pack_columns_turned(&of, rows.clone(), &columns),
+                        });
+                        assert_eq!(got, product(&|panels| panels.pack_here(part)));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn rows_that_are_made_multiply_as_if_they_lay_there() {
         let (rows, depth, columns) = (23, 37, 70);
         let (a, b) = (numbers(rows * depth, 1), numbers(depth * columns, 2));
