@@ -68,8 +68,9 @@ fn attention(criterion: &mut Criterion) {
     let product = (shape.heads * shape.head * shape.time * (shape.time + 1)) as u64;
     let mut group = criterion.benchmark_group("attention");
     for (name, precision) in BOTH {
-        let mut rows = Rows::new(precision);
+        let (mut rows, mut out_rows) = (Rows::new(precision), Rows::new(precision));
         rows.pack(Matrix::new(&qkv, shape.time, 3 * width));
+        out_rows.pack(Matrix::new(&out, shape.time, width));
         group.throughput(Throughput::Elements(2 * product));
         group.bench_function(format!("forward/{name}"), |bencher| {
             bencher.iter(|| attention::forward(shape, &rows, &starts, black_box(&mut out), &mut log_sums, &mut scratch));
@@ -78,7 +79,7 @@ fn attention(criterion: &mut Criterion) {
         group.bench_function(format!("backward/{name}"), |bencher| {
             bencher.iter(|| {
                 let gradient = black_box(&mut gradient);
-                attention::backward(shape, &rows, &starts, &out, &log_sums, &out_gradient, gradient, &mut scratch);
+                attention::backward(shape, &rows, &starts, &out_rows, &log_sums, &out_gradient, gradient, &mut scratch);
             });
         });
     }

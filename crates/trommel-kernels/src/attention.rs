@@ -148,6 +148,8 @@ pub struct Scratch {
     gradients: Panels,           // (head, BLOCK)
     shares: Panels,              // (keys, BLOCK)
     share_rows: Rows,            // (keys, BLOCK)
+    out_row: Lines<f32>,         // (heads * head)
+    along: Lines<f32>,           // (heads, time)
     scores: Lines<f32>,          // (time, BLOCK)
     score_gradients: Lines<f32>, // (time, BLOCK)
 }
@@ -171,6 +173,8 @@ impl Scratch {
             gradients: wide(),
             shares: wide(),
             share_rows: Rows::new(precision),
+            out_row: Lines::default(),
+            along: Lines::default(),
             scores: Lines::default(),
             score_gradients: Lines::default(),
         }
@@ -225,24 +229,30 @@ fn attend(shape: Shape, qkv: &Rows, blocks: &[Block], out: &mut [f32], log_sums:
     }
 }
 
-/// Writes the gradient of `qkv` to `qkv_gradient`, from what the forward pass was given and returned and the gradient
-/// `out_gradient` (time, heads * head) of its output.
+/// Writes the gradient of `qkv` to `qkv_gradient`, from what the forward pass was given and returned, `out` as products read it,
+/// and the gradient `out_gradient` (time, heads * head) of its output.
 #[expect(clippy::too_many_arguments, reason = "the operands and results of one gradient")]
 pub fn backward(
     shape: Shape,
     qkv: &Rows,
     starts: &[u32],
-    out: &[f32],
+    out: &Rows,
     log_sums: &[f32],
     out_gradient: &[f32],
     qkv_gradient: &mut [f32],
     scratch: &mut Scratch,
 ) {
-    shape.check(qkv, out, log_sums);
+    shape.check(qkv, out_gradient, log_sums);
     let blocks = shape.causal_blocks(starts);
-    assert!(out_gradient.len() == out.len() && qkv_gradient.len() == 3 * out.len());
+    assert!(out.columns == shape.width() && qkv_gradient.len() == 3 * out_gradient.len());
     scratch.reserve(qkv.precision(), shape.time);
     let (time, width, head, row) = (shape.time, shape.width(), shape.head, 3 * shape.width());
+    scratch.out_row.resize(width, 0.0);
+    scratch.along.resize(shape.heads * time, 0.0);
+    for (t, gradient) in out_gradient.chunks_exact(width).enumerate() {
+        out.load(t, &mut scratch.out_row);
+        along(&scratch.out_row, gradient, head, &mut scratch.along[t..], time);
+    }
     for (h, log_sums) in log_sums.chunks_exact(time).enumerate() {
         let [query, key, value] = shape.columns(h);
         let out_gradient_from =
@@ -262,9 +272,8 @@ pub fn backward(
             let products = MatrixMut::strided(score_gradients, keys, queries, BLOCK);
             scratch.gradients.multiply_from(0, products, Target::Overwrite, qkv.operand_of(block.key, &value));
 
-            let at = from * width + h * head;
-            let along = along(&out[at..], &out_gradient[at..], width, head, queries);
-            softmax_backward(scores, score_gradients, block, shape.scale(), &along, &log_sums[from..from + queries]);
+            let along = &scratch.along[h * time + from..][..queries];
+            softmax_backward(scores, score_gradients, block, shape.scale(), along, &log_sums[from..from + queries]);
 
             // The keys of earlier blocks have a gradient already; that of the block's own begins here.
             let earlier = from - block.key;
@@ -333,13 +342,12 @@ vectorized! {
 }
 
 vectorized! {
-    /// The product of each output row and its gradient.
-    fn along(out: &[f32], out_gradient: &[f32], width: usize, head: usize, queries: usize) -> [f32; BLOCK] {
-        let mut along = [0.0; BLOCK];
-        for ((along, out), gradient) in along[..queries].iter_mut().zip(out.chunks(width)).zip(out_gradient.chunks(width)) {
-            *along = dot(&out[..head], &gradient[..head]);
+    /// The product of each head's output and its gradient at one position; those of two heads are `stride` apart.
+    fn along(out: &[f32], gradient: &[f32], head: usize, along: &mut [f32], stride: usize) {
+        let heads = out.chunks_exact(head).zip(gradient.chunks_exact(head));
+        for ((out, gradient), along) in heads.zip(along.iter_mut().step_by(stride)) {
+            *along = dot(out, gradient);
         }
-        along
     }
 }
 
@@ -351,14 +359,17 @@ vectorized! {
         gradients: &mut [f32],
         block: &Block,
         scale: f32,
-        along: &[f32; BLOCK],
+        along: &[f32],
         log_sums: &[f32],
     ) {
         let ((scores, _), (gradients, _)) = (scores.as_chunks_mut::<LANES>(), gradients.as_chunks_mut::<LANES>());
         for (part, seen) in block.parts.iter().enumerate() {
-            let (keys, mean) = (seen.keys(), &along[part * LANES..(part + 1) * LANES]);
-            let mut shift = [0f32; LANES];
-            shift.iter_mut().zip(log_sums.iter().skip(part * LANES)).for_each(|(shift, log_sum)| *shift = *log_sum);
+            let keys = seen.keys();
+            let [mean, shift] = [along, log_sums].map(|numbers| {
+                let mut lanes = [0f32; LANES];
+                lanes.iter_mut().zip(numbers.iter().skip(part * LANES)).for_each(|(lane, x)| *lane = *x);
+                lanes
+            });
             for key in 0..block.keys {
                 let (scores, gradients) = (&mut scores[key * PARTS + part], &mut gradients[key * PARTS + part]);
                 if !keys.contains(&key) {
@@ -415,9 +426,9 @@ mod tests {
     use super::*;
     use crate::probe::{close, numbers, slope};
 
-    fn rows(shape: Shape, precision: Precision, qkv: &[f32]) -> Rows {
+    fn rows(precision: Precision, numbers: &[f32], width: usize) -> Rows {
         let mut rows = Rows::new(precision);
-        rows.pack(Matrix::new(qkv, shape.time, 3 * shape.width()));
+        rows.pack(Matrix::new(numbers, numbers.len() / width, width));
         rows
     }
 
@@ -460,7 +471,7 @@ mod tests {
             let mut scratch = Scratch::default();
             // A number of `bf16` is off by up to 2^-9 of its size; scores, shares and values are of size 1.
             for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 1e-2)] {
-                forward(shape, &rows(shape, precision, &qkv), &starts, &mut out, &mut log_sums, &mut scratch);
+                forward(shape, &rows(precision, &qkv, 3 * shape.width()), &starts, &mut out, &mut log_sums, &mut scratch);
                 for (got, expected) in out.iter().zip(naive(shape, &qkv, causal(&starts))) {
                     close(f64::from(*got), expected, tolerance);
                 }
@@ -474,7 +485,7 @@ mod tests {
             let shape = Shape { time, heads: 2, head: 6 };
             let (qkv, mut out) = (numbers(time * 36, 1), vec![0.0; time * 12]);
             for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 1e-2)] {
-                forward_unmasked(shape, &rows(shape, precision, &qkv), &mut out, &mut Scratch::default());
+                forward_unmasked(shape, &rows(precision, &qkv, 3 * shape.width()), &mut out, &mut Scratch::default());
                 for (got, expected) in out.iter().zip(naive(shape, &qkv, |_| 0..time)) {
                     close(f64::from(*got), expected, tolerance);
                 }
@@ -491,8 +502,9 @@ mod tests {
         let [exact, rounded] = [Precision::F32, Precision::Bf16].map(|precision| {
             let (mut out, mut log_sums) = (vec![0.0; time * width], vec![0.0; time * shape.heads]);
             let mut gradient = vec![7.0; qkv.len()];
-            forward(shape, &rows(shape, precision, &qkv), &starts, &mut out, &mut log_sums, &mut scratch);
-            backward(shape, &rows(shape, precision, &qkv), &starts, &out, &log_sums, &weight, &mut gradient, &mut scratch);
+            forward(shape, &rows(precision, &qkv, 3 * shape.width()), &starts, &mut out, &mut log_sums, &mut scratch);
+            let out_rows = rows(precision, &out, width);
+            backward(shape, &rows(precision, &qkv, 3 * shape.width()), &starts, &out_rows, &log_sums, &weight, &mut gradient, &mut scratch);
             gradient
         });
         let squares = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x) * f64::from(x)).sum::<f64>();
@@ -507,8 +519,9 @@ mod tests {
             let (qkv, starts, weight) = (numbers(time * 12, 1), documents(time, &borders), numbers(time * 4, 2));
             let (mut out, mut log_sums, mut gradient) = (vec![0.0; time * 4], vec![0.0; time * 2], vec![7.0; time * 12]);
             let mut scratch = Scratch::default();
-            forward(shape, &rows(shape, Precision::F32, &qkv), &starts, &mut out, &mut log_sums, &mut scratch);
-            backward(shape, &rows(shape, Precision::F32, &qkv), &starts, &out, &log_sums, &weight, &mut gradient, &mut scratch);
+            forward(shape, &rows(Precision::F32, &qkv, 3 * shape.width()), &starts, &mut out, &mut log_sums, &mut scratch);
+            let out_rows = rows(Precision::F32, &out, 4);
+            backward(shape, &rows(Precision::F32, &qkv, 3 * shape.width()), &starts, &out_rows, &log_sums, &weight, &mut gradient, &mut scratch);
             let value =
                 |qkv: &[f32]| naive(shape, qkv, causal(&starts)).iter().zip(&weight).map(|(y, w)| y * f64::from(*w)).sum();
             for i in (0..qkv.len()).step_by(if time > 8 { 11 } else { 1 }) {
@@ -523,7 +536,7 @@ mod tests {
         let starts = documents(100, &[37]);
         let run = |qkv: &[f32]| {
             let (mut out, mut log_sums) = (vec![0.0; 400], vec![0.0; 100]);
-            forward(shape, &rows(shape, Precision::F32, qkv), &starts, &mut out, &mut log_sums, &mut Scratch::default());
+            forward(shape, &rows(Precision::F32, qkv, 3 * shape.width()), &starts, &mut out, &mut log_sums, &mut Scratch::default());
             out
         };
         let mut qkv = numbers(1200, 1);

@@ -90,7 +90,7 @@ impl Panels {
 
     /// Replaces the content by `columns` of `rows` of `of`, which are of the same kind, on this thread. Both ends of `columns`
     /// are even.
-    pub(crate) fn pack_columns(&mut self, of: &Rows, rows: Range<usize>, columns: &Range<usize>) {
+    pub fn pack_columns(&mut self, of: &Rows, rows: Range<usize>, columns: &Range<usize>) {
         let unit = of.columns_in_a_step(columns);
         let from = rows.start * of.row + columns.start / unit;
         match &of.numbers {

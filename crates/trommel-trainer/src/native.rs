@@ -77,7 +77,7 @@ struct Operands {
 #[derive(Debug)]
 struct LayerRows {
     qkv: Rows,            // (time, 3 * width), queries and keys turned
-    attended: Lines<f32>, // (time, width)
+    attended: Rows,       // (time, width)
     log_sums: Lines<f32>, // (heads, time)
     middle: Lines<f32>,   // (time, width), residual stream
     packed: Rows,         // (time, packed * mlp), before the activation
@@ -111,7 +111,7 @@ impl LayerPanels {
 #[derive(Default)]
 struct Scratch {
     attention: attention::Scratch,
-    rows: Lines<f32>,            // (time, width); in the forward pass one of them is used
+    rows: Lines<f32>,            // (time, width)
     qkv: Lines<f32>,             // (POSITIONS, 3 * width)
     qkv_gradient: Lines<f32>,    // (time, 3 * width)
     packed: Lines<f32>,          // (POSITIONS, packed * mlp); in the backward pass one of them is used
@@ -327,11 +327,12 @@ impl Sequence {
                 rotary.apply(qkv, 3 * width, 2 * config.heads, first, Turn::Forward);
                 rows.qkv.store(first, Matrix::new(qkv, here, 3 * width));
             }
-            let (attended, log_sums) = (&mut rows.attended, &mut rows.log_sums);
+            let (attended, log_sums) = (&mut scratch.rows, &mut rows.log_sums);
             attention::forward(shape, &rows.qkv, starts, attended, log_sums, &mut scratch.attention);
+            rows.attended.store(0, Matrix::new(attended, time, width));
             rows.middle.copy_from_slice(input);
             let middle = MatrixMut::new(&mut rows.middle, time, width);
-            panels.output.multiply(middle, Target::Add, Matrix::new(&rows.attended, time, width));
+            panels.output.multiply_rows(middle, Target::Add, &rows.attended, 0);
 
             next.copy_from_slice(&rows.middle);
             mlp_forward(config, panels, weights.mlp_gain, &rows.middle, &mut rows.packed, next, scratch);
@@ -378,7 +379,7 @@ impl Sequence {
         operands.middle_rows.pack(Matrix::new(stream, time, width));
         let out = MatrixMut::new(&mut scratch.rows, time, width);
         panels.output.multiply_rows(out, Target::Overwrite, &operands.middle_rows, 0);
-        operands.output_inputs.pack_here(Matrix::new(&rows.attended, time, width));
+        operands.output_inputs.pack_columns(&rows.attended, 0..time, &(0..width));
         attention::backward(
             shape,
             &rows.qkv,
@@ -418,12 +419,12 @@ impl Operands {
 impl LayerRows {
     fn new(precision: Precision) -> Self {
         let (rows, empty) = (|| Rows::new(precision), Lines::default);
-        LayerRows { qkv: rows(), attended: empty(), log_sums: empty(), middle: empty(), packed: rows() }
+        LayerRows { qkv: rows(), attended: rows(), log_sums: empty(), middle: empty(), packed: rows() }
     }
 
     fn resize(&mut self, time: usize, config: &Config) {
         self.qkv.reserve(time, 3 * config.width);
-        self.attended.resize(time * config.width, 0.0);
+        self.attended.reserve(time, config.width);
         self.log_sums.resize(time * config.heads, 0.0);
         self.middle.resize(time * config.width, 0.0);
         self.packed.reserve(time, config.activation.packed() * config.mlp);
