@@ -504,7 +504,16 @@ mod tests {
             let mut gradient = vec![7.0; qkv.len()];
             forward(shape, &rows(precision, &qkv, 3 * shape.width()), &starts, &mut out, &mut log_sums, &mut scratch);
             let out_rows = rows(precision, &out, width);
-            backward(shape, &rows(precision, &qkv, 3 * shape.width()), &starts, &out_rows, &log_sums, &weight, &mut gradient, &mut scratch);
+            backward(
+                shape,
+                &rows(precision, &qkv, 3 * shape.width()),
+                &starts,
+                &out_rows,
+                &log_sums,
+                &weight,
+                &mut gradient,
+                &mut scratch,
+            );
             gradient
         });
         let squares = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x) * f64::from(x)).sum::<f64>();
@@ -521,7 +530,16 @@ mod tests {
             let mut scratch = Scratch::default();
             forward(shape, &rows(Precision::F32, &qkv, 3 * shape.width()), &starts, &mut out, &mut log_sums, &mut scratch);
             let out_rows = rows(Precision::F32, &out, 4);
-            backward(shape, &rows(Precision::F32, &qkv, 3 * shape.width()), &starts, &out_rows, &log_sums, &weight, &mut gradient, &mut scratch);
+            backward(
+                shape,
+                &rows(Precision::F32, &qkv, 3 * shape.width()),
+                &starts,
+                &out_rows,
+                &log_sums,
+                &weight,
+                &mut gradient,
+                &mut scratch,
+            );
             let value =
                 |qkv: &[f32]| naive(shape, qkv, causal(&starts)).iter().zip(&weight).map(|(y, w)| y * f64::from(*w)).sum();
             for i in (0..qkv.len()).step_by(if time > 8 { 11 } else { 1 }) {
@@ -536,7 +554,14 @@ mod tests {
         let starts = documents(100, &[37]);
         let run = |qkv: &[f32]| {
             let (mut out, mut log_sums) = (vec![0.0; 400], vec![0.0; 100]);
-            forward(shape, &rows(Precision::F32, qkv, 3 * shape.width()), &starts, &mut out, &mut log_sums, &mut Scratch::default());
+            forward(
+                shape,
+                &rows(Precision::F32, qkv, 3 * shape.width()),
+                &starts,
+                &mut out,
+                &mut log_sums,
+                &mut Scratch::default(),
+            );
             out
         };
         let mut qkv = numbers(1200, 1);
