@@ -82,10 +82,9 @@ impl BertConfig {
             return Err(Error::config(format!("`hidden_size` {hidden} is not a multiple of `num_attention_heads` {heads}")));
         }
         if !(hidden / heads).is_multiple_of(2) {
-            let head = hidden / heads;
-            return Err(Error::config(format!(
-                "a head has {head} numbers, supported are even ones: `hidden_size` / `num_attention_heads`"
-            )));
+            let message =
+                format!("`hidden_size` {hidden} / `num_attention_heads` {heads} is odd, supported are heads of even size");
+            return Err(Error::config(message));
         }
         Ok(())
     }

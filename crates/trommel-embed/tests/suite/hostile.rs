@@ -44,6 +44,8 @@ fn another_architecture_is_named() {
     check(relative, 2, &["F/config.json: `position_embedding_type` is `relative_key`"]);
     let tanh = |folder: &Path| tiny_bert::set(folder, "config.json", "hidden_act", json!("gelu_new"));
     check(tanh, 2, &["F/config.json: `hidden_act` is `gelu_new`, supported is `gelu`"]);
+    let odd = |folder: &Path| tiny_bert::set(folder, "config.json", "num_attention_heads", json!(32));
+    check(odd, 2, &["F/config.json: `hidden_size` 32 / `num_attention_heads` 32 is odd"]);
 }
 
 #[test]
