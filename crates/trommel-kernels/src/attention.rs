@@ -21,8 +21,8 @@
 //!
 //! All products are in the precision of the rows that the caller hands in; scores, like every sum, are `f32`.
 //!
-//! A sequence arrives as packed rows: `qkv` is (time, 3 * heads * head), queries first, already turned to their positions. The
-//! numbers of a head are even.
+//! A sequence arrives as packed rows: `qkv` is (time, 3 * heads * head), queries first, already turned to their positions. A
+//! head has an even count of numbers.
 
 use std::ops::Range;
 
@@ -426,10 +426,21 @@ mod tests {
     use super::*;
     use crate::probe::{close, numbers, slope};
 
-    fn rows(precision: Precision, numbers: &[f32], width: usize) -> Rows {
+    fn rows(shape: Shape, precision: Precision, numbers: &[f32]) -> Rows {
         let mut rows = Rows::new(precision);
-        rows.pack(Matrix::new(numbers, numbers.len() / width, width));
+        rows.pack(Matrix::new(numbers, shape.time, numbers.len() / shape.time));
         rows
+    }
+
+    /// Of the products of outputs and `weight`, by `qkv`.
+    fn gradient(shape: Shape, precision: Precision, qkv: &[f32], starts: &[u32], weight: &[f32]) -> Vec<f32> {
+        let (mut out, mut log_sums) = (vec![0.0; weight.len()], vec![0.0; shape.time * shape.heads]);
+        let (mut gradient, mut scratch) = (vec![7.0; qkv.len()], Scratch::default());
+        let qkv = rows(shape, precision, qkv);
+        forward(shape, &qkv, starts, &mut out, &mut log_sums, &mut scratch);
+        let out = rows(shape, precision, &out);
+        backward(shape, &qkv, starts, &out, &log_sums, weight, &mut gradient, &mut scratch);
+        gradient
     }
 
     /// The definition, one query and one key at a time.
@@ -471,7 +482,7 @@ mod tests {
             let mut scratch = Scratch::default();
             // A number of `bf16` is off by up to 2^-9 of its size; scores, shares and values are of size 1.
             for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 1e-2)] {
-                forward(shape, &rows(precision, &qkv, 3 * shape.width()), &starts, &mut out, &mut log_sums, &mut scratch);
+                forward(shape, &rows(shape, precision, &qkv), &starts, &mut out, &mut log_sums, &mut scratch);
                 for (got, expected) in out.iter().zip(naive(shape, &qkv, causal(&starts))) {
                     close(f64::from(*got), expected, tolerance);
                 }
@@ -485,7 +496,7 @@ mod tests {
             let shape = Shape { time, heads: 2, head: 6 };
             let (qkv, mut out) = (numbers(time * 36, 1), vec![0.0; time * 12]);
             for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 1e-2)] {
-                forward_unmasked(shape, &rows(precision, &qkv, 3 * shape.width()), &mut out, &mut Scratch::default());
+                forward_unmasked(shape, &rows(shape, precision, &qkv), &mut out, &mut Scratch::default());
                 for (got, expected) in out.iter().zip(naive(shape, &qkv, |_| 0..time)) {
                     close(f64::from(*got), expected, tolerance);
                 }
@@ -498,24 +509,8 @@ mod tests {
         let (shape, time) = (Shape { time: 131, heads: 2, head: 36 }, 131);
         let width = shape.width();
         let (qkv, starts, weight) = (numbers(time * 3 * width, 1), documents(time, &[5, 70]), numbers(time * width, 2));
-        let mut scratch = Scratch::default();
-        let [exact, rounded] = [Precision::F32, Precision::Bf16].map(|precision| {
-            let (mut out, mut log_sums) = (vec![0.0; time * width], vec![0.0; time * shape.heads]);
-            let mut gradient = vec![7.0; qkv.len()];
-            forward(shape, &rows(precision, &qkv, 3 * shape.width()), &starts, &mut out, &mut log_sums, &mut scratch);
-            let out_rows = rows(precision, &out, width);
-            backward(
-                shape,
-                &rows(precision, &qkv, 3 * shape.width()),
-                &starts,
-                &out_rows,
-                &log_sums,
-                &weight,
-                &mut gradient,
-                &mut scratch,
-            );
-            gradient
-        });
+        let [exact, rounded] =
+            [Precision::F32, Precision::Bf16].map(|precision| gradient(shape, precision, &qkv, &starts, &weight));
         let squares = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x) * f64::from(x)).sum::<f64>();
         let off = squares(&mut exact.iter().zip(&rounded).map(|(a, b)| a - b)) / squares(&mut exact.iter().copied());
         assert!(off > 0.0 && off.sqrt() < 1e-2, "{}", off.sqrt());
@@ -526,20 +521,7 @@ mod tests {
         for (time, borders) in [(1, vec![]), (5, vec![2]), (67, vec![1, 63])] {
             let shape = Shape { time, heads: 2, head: 2 };
             let (qkv, starts, weight) = (numbers(time * 12, 1), documents(time, &borders), numbers(time * 4, 2));
-            let (mut out, mut log_sums, mut gradient) = (vec![0.0; time * 4], vec![0.0; time * 2], vec![7.0; time * 12]);
-            let mut scratch = Scratch::default();
-            forward(shape, &rows(Precision::F32, &qkv, 3 * shape.width()), &starts, &mut out, &mut log_sums, &mut scratch);
-            let out_rows = rows(Precision::F32, &out, 4);
-            backward(
-                shape,
-                &rows(Precision::F32, &qkv, 3 * shape.width()),
-                &starts,
-                &out_rows,
-                &log_sums,
-                &weight,
-                &mut gradient,
-                &mut scratch,
-            );
+            let gradient = gradient(shape, Precision::F32, &qkv, &starts, &weight);
             let value =
                 |qkv: &[f32]| naive(shape, qkv, causal(&starts)).iter().zip(&weight).map(|(y, w)| y * f64::from(*w)).sum();
             for i in (0..qkv.len()).step_by(if time > 8 { 11 } else { 1 }) {
@@ -554,14 +536,7 @@ mod tests {
         let starts = documents(100, &[37]);
         let run = |qkv: &[f32]| {
             let (mut out, mut log_sums) = (vec![0.0; 400], vec![0.0; 100]);
-            forward(
-                shape,
-                &rows(Precision::F32, qkv, 3 * shape.width()),
-                &starts,
-                &mut out,
-                &mut log_sums,
-                &mut Scratch::default(),
-            );
+            forward(shape, &rows(shape, Precision::F32, qkv), &starts, &mut out, &mut log_sums, &mut Scratch::default());
             out
         };
         let mut qkv = numbers(1200, 1);
