@@ -70,11 +70,11 @@ fn attention(criterion: &mut Criterion) {
     for (name, precision) in BOTH {
         let (mut rows, mut out_rows) = (Rows::new(precision), Rows::new(precision));
         rows.pack(Matrix::new(&qkv, shape.time, 3 * width));
-        out_rows.pack(Matrix::new(&out, shape.time, width));
         group.throughput(Throughput::Elements(2 * product));
         group.bench_function(format!("forward/{name}"), |bencher| {
             bencher.iter(|| attention::forward(shape, &rows, &starts, black_box(&mut out), &mut log_sums, &mut scratch));
         });
+        out_rows.pack(Matrix::new(&out, shape.time, width));
         group.throughput(Throughput::Elements(5 * product));
         group.bench_function(format!("backward/{name}"), |bencher| {
             bencher.iter(|| {
