@@ -2,9 +2,9 @@
 """Steps of an 8.7M decoder on 16 x 256 random tokens: `trommel-trainer` against the better of eager and compiled PyTorch.
 
 Either side starts a fresh process for each round, whose first steps are not timed: PyTorch's speed is steady within a process
-and differs by 15% from one to the next. Its allocator keeps the memory that it has: to return it and fault it in again in
-each step, as is the default, costs PyTorch up to a tenth of its speed."""
-from peers import Ours, arguments, compare, note, size
+and may differ by a tenth from one to the next. Its allocator keeps the memory that it has: to return it and fault it in
+again in each step, as is the default, costs a quarter of the speed when eager and up to a tenth when compiled."""
+from peers import Ours, arguments, compare, least, note, size
 import json, math, os, pathlib, subprocess, sys
 from decoder import VOCABULARY
 
@@ -48,9 +48,7 @@ def compare_training(row, unit, precision, way, settings, cost, **parameters):
 
 
 def run(precision, floor, goal):
-    times = {way: peer(precision, way, KEEP_MEMORY)["seconds"] for way in ["eager", "compiled"]}
-    way = min(times, key=times.get)
-    note(f"peer: {way} is taken of " + ", ".join(f"{name} {time:.3f} s" for name, time in times.items()))
+    way = least({way: peer(precision, way, KEEP_MEMORY)["seconds"] for way in ["eager", "compiled"]})
     compare_training(f"training {precision}", "tokens/s", precision, way, KEEP_MEMORY, lambda said: said["seconds"],
                      floor=floor, goal=goal, figure=lambda cost: BATCH * CONTEXT * STEPS / cost)
 
