@@ -42,12 +42,11 @@ struct Linear {
     bias: Vec<f32>,
 }
 
-/// Memory of one thread's passes.
-#[derive(Default)]
+/// Memory of one thread's passes through one model.
 pub(crate) struct Scratch {
     states: Vec<f32>,    // (time, hidden)
     projected: Vec<f32>, // (time, 3 * hidden)
-    qkv: Option<Rows>,   // (time, 3 * hidden), as products read them
+    qkv: Rows,           // (time, 3 * hidden), as products read them
     attended: Vec<f32>,  // (time, hidden)
     wide: Vec<f32>,      // (time, intermediate)
     attention: attention::Scratch,
@@ -76,11 +75,22 @@ impl Bert {
         })
     }
 
+    /// Memory for passes of one thread.
+    pub(crate) fn scratch(&self) -> Scratch {
+        Scratch {
+            states: Vec::new(),
+            projected: Vec::new(),
+            qkv: Rows::new(self.precision),
+            attended: Vec::new(),
+            wide: Vec::new(),
+            attention: attention::Scratch::default(),
+        }
+    }
+
     /// The last layer's states of one text: `ids` (time) gives `(time, hidden)`, in `scratch`.
     pub(crate) fn states<'a>(&self, ids: &[u32], scratch: &'a mut Scratch) -> &'a [f32] {
         let (time, hidden) = (ids.len(), self.hidden);
         let Scratch { states, projected, qkv, attended, wide, attention } = scratch;
-        let qkv = qkv.get_or_insert_with(|| Rows::new(self.precision));
         let shape = Shape { time, heads: self.heads, head: hidden / self.heads };
         states.clear();
         for (at, id) in ids.iter().enumerate() {

@@ -24,7 +24,6 @@ use trommel_core::storage::write_bytes;
 use trommel_kernels::panels::Precision;
 
 use crate::Embedder;
-use crate::bert::Scratch;
 use crate::model_folder::TOKENIZER;
 use crate::principal::Principal;
 use crate::sentence_encoder::{SentenceEncoder, unknown_token};
@@ -158,12 +157,15 @@ fn token_states(model: &SentenceEncoder, vocabulary: &Vocabulary, progress: &dyn
     let batches: Vec<Vec<f32>> = vocabulary
         .ids
         .par_chunks(BATCH)
-        .map_init(Scratch::default, |scratch, ids| {
-            let state = |id: &u32| model.states(&[start, *id, end], scratch)[hidden..2 * hidden].to_vec();
-            let states = ids.iter().flat_map(state).collect();
-            progress.advance(ids.len() as u64);
-            states
-        })
+        .map_init(
+            || model.scratch(),
+            |scratch, ids| {
+                let state = |id: &u32| model.states(&[start, *id, end], scratch)[hidden..2 * hidden].to_vec();
+                let states = ids.iter().flat_map(state).collect();
+                progress.advance(ids.len() as u64);
+                states
+            },
+        )
         .collect();
     progress.end();
     let states: Vec<f64> = batches.iter().flatten().map(|x| f64::from(*x)).collect();

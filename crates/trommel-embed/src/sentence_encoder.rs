@@ -59,6 +59,11 @@ impl SentenceEncoder {
         &self.tokenizer
     }
 
+    /// Memory for [`SentenceEncoder::states`] on one thread.
+    pub(crate) fn scratch(&self) -> Scratch {
+        self.bert.scratch()
+    }
+
     /// The last layer's states of one token sequence: `ids` (time) gives `(time, dimensions)`, in `scratch`.
     pub(crate) fn states<'a>(&self, ids: &[u32], scratch: &'a mut Scratch) -> &'a [f32] {
         self.bert.states(ids, scratch)
@@ -96,16 +101,19 @@ impl Embedder for SentenceEncoder {
             tokens.iter().zip(vectors.chunks_exact_mut(self.dimensions)).collect();
         // The longest first, so that no thread starts a long text when the others are done.
         work.sort_by_key(|(ids, _)| std::cmp::Reverse(ids.as_ref().map_or(0, Vec::len)));
-        work.into_par_iter().with_max_len(1).for_each_init(Scratch::default, |scratch, (ids, vector)| {
-            vector.fill(0.0);
-            if let Some(ids) = ids {
-                // The mean and the sum have the same direction, so the division by the count is left out.
-                for state in self.states(ids, scratch).chunks_exact(self.dimensions) {
-                    vector.iter_mut().zip(state).for_each(|(sum, x)| *sum += x);
+        work.into_par_iter().with_max_len(1).for_each_init(
+            || self.scratch(),
+            |scratch, (ids, vector)| {
+                vector.fill(0.0);
+                if let Some(ids) = ids {
+                    // The mean and the sum have the same direction, so the division by the count is left out.
+                    for state in self.states(ids, scratch).chunks_exact(self.dimensions) {
+                        vector.iter_mut().zip(state).for_each(|(sum, x)| *sum += x);
+                    }
                 }
-            }
-            normalize(vector);
-        });
+                normalize(vector);
+            },
+        );
         Ok(())
     }
 }

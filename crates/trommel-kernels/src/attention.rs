@@ -59,7 +59,7 @@ impl Shape {
     }
 
     fn check(self, qkv: &Rows, out: &[f32], log_sums: &[f32]) {
-        assert_eq!(qkv.columns, 3 * self.width());
+        assert_eq!((qkv.rows, qkv.columns), (self.time, 3 * self.width()));
         assert_eq!(out.len(), self.time * self.width());
         assert_eq!(log_sums.len(), self.time * self.heads);
     }
@@ -72,10 +72,10 @@ impl Shape {
         (0..self.time).step_by(BLOCK).map(|from| Block::causal(from, starts)).collect()
     }
 
-    /// The columns of a head's queries, keys and values.
-    fn columns(self, head: usize) -> [Range<usize>; 3] {
+    /// The columns of the queries, keys and values of head `h`.
+    fn columns(self, h: usize) -> [Range<usize>; 3] {
         [0, 1, 2].map(|part| {
-            let from = part * self.width() + head * self.head;
+            let from = part * self.width() + h * self.head;
             from..from + self.head
         })
     }
@@ -86,9 +86,8 @@ struct Block {
     /// The first query.
     from: usize,
     queries: usize,
-    /// The first key, an even number.
-    key: usize,
-    keys: usize,
+    /// What any of them sees; the first one is even.
+    keys: Range<usize>,
     parts: [Seen; PARTS],
 }
 
@@ -112,17 +111,17 @@ impl Seen {
 impl Block {
     fn causal(from: usize, starts: &[u32]) -> Block {
         let queries = BLOCK.min(starts.len() - from);
-        let key = starts[from] as usize & !1;
+        let first = starts[from] as usize & !1;
         let seen = |lane: usize| {
             let start = starts[from + lane];
-            (start - key as u32, (from + lane + 1) as u32 - start)
+            (start - first as u32, (from + lane + 1) as u32 - start)
         };
-        Block { from, queries, key, keys: from + queries - key, parts: parts(queries, seen) }
+        Block { from, queries, keys: first..from + queries, parts: parts(queries, seen) }
     }
 
     fn unmasked(from: usize, time: usize) -> Block {
         let queries = BLOCK.min(time - from);
-        Block { from, queries, key: 0, keys: time, parts: parts(queries, |_| (0, time as u32)) }
+        Block { from, queries, keys: 0..time, parts: parts(queries, |_| (0, time as u32)) }
     }
 }
 
@@ -149,7 +148,7 @@ pub struct Scratch {
     shares: Panels,              // (keys, BLOCK)
     share_rows: Rows,            // (keys, BLOCK)
     out_row: Lines<f32>,         // (heads * head)
-    along: Lines<f32>,           // (heads, time)
+    out_dots: Lines<f32>,        // (heads, time), see `out_dots`
     scores: Lines<f32>,          // (time, BLOCK)
     score_gradients: Lines<f32>, // (time, BLOCK)
 }
@@ -174,7 +173,7 @@ impl Scratch {
             shares: wide(),
             share_rows: Rows::new(precision),
             out_row: Lines::default(),
-            along: Lines::default(),
+            out_dots: Lines::default(),
             scores: Lines::default(),
             score_gradients: Lines::default(),
         }
@@ -213,17 +212,17 @@ fn attend(shape: Shape, qkv: &Rows, blocks: &[Block], out: &mut [f32], log_sums:
         let [query, key, value] = shape.columns(h);
         value_panels.pack_columns(qkv, 0..time, &value);
         for block in blocks {
-            let scores = &mut scores[..block.keys * BLOCK];
+            let scores = &mut scores[..block.keys.len() * BLOCK];
             queries.pack_columns_turned(qkv, block.from..block.from + block.queries, &query);
-            let products = MatrixMut::strided(scores, block.keys, block.queries, BLOCK);
-            queries.multiply_from(0, products, Target::Overwrite, qkv.operand_of(block.key, &key));
+            let products = MatrixMut::strided(scores, block.keys.len(), block.queries, BLOCK);
+            queries.multiply_from(0, products, Target::Overwrite, qkv.operand_of(&block.keys, &key));
             let mut sums = [0.0; BLOCK];
             let log_sums = &mut log_sums[block.from..block.from + block.queries];
             softmax(scores, block, shape.scale(), &mut sums, log_sums);
-            shares.pack_here(Matrix::new(scores, block.keys, BLOCK));
+            shares.pack_here(Matrix::new(scores, block.keys.len(), BLOCK));
             let out = &mut out[block.from * width + h * head..];
             let rows = MatrixMut::strided(out, block.queries, head, width);
-            value_panels.multiply_from(block.key, rows, Target::Overwrite, shares.turned());
+            value_panels.multiply_from(block.keys.start, rows, Target::Overwrite, shares.turned());
             divide(out, width, head, &sums[..block.queries]);
         }
     }
@@ -244,14 +243,15 @@ pub fn backward(
 ) {
     shape.check(qkv, out_gradient, log_sums);
     let blocks = shape.causal_blocks(starts);
-    assert!(out.columns == shape.width() && qkv_gradient.len() == 3 * out_gradient.len());
+    assert_eq!((out.rows, out.columns), (shape.time, shape.width()));
+    assert_eq!(qkv_gradient.len(), 3 * out_gradient.len());
     scratch.reserve(qkv.precision(), shape.time);
     let (time, width, head, row) = (shape.time, shape.width(), shape.head, 3 * shape.width());
     scratch.out_row.resize(width, 0.0);
-    scratch.along.resize(shape.heads * time, 0.0);
+    scratch.out_dots.resize(shape.heads * time, 0.0);
     for (t, gradient) in out_gradient.chunks_exact(width).enumerate() {
         out.load(t, &mut scratch.out_row);
-        along(&scratch.out_row, gradient, head, &mut scratch.along[t..], time);
+        out_dots(&scratch.out_row, gradient, head, &mut scratch.out_dots[t..], time);
     }
     for (h, log_sums) in log_sums.chunks_exact(time).enumerate() {
         let [query, key, value] = shape.columns(h);
@@ -261,26 +261,26 @@ pub fn backward(
         scratch.query_panels.pack_columns(qkv, 0..time, &query);
         scratch.gradient_panels.pack_here(out_gradient_from(0, time));
         for block in &blocks {
-            let (from, queries, keys) = (block.from, block.queries, block.keys);
+            let (from, queries, keys) = (block.from, block.queries, block.keys.len());
             let scores = &mut scratch.scores[..keys * BLOCK];
             let score_gradients = &mut scratch.score_gradients[..keys * BLOCK];
 
             scratch.queries.pack_columns_turned(qkv, from..from + queries, &query);
             scratch.gradients.pack_here(out_gradient_from(from, queries).transposed());
             let products = MatrixMut::strided(scores, keys, queries, BLOCK);
-            scratch.queries.multiply_from(0, products, Target::Overwrite, qkv.operand_of(block.key, &key));
+            scratch.queries.multiply_from(0, products, Target::Overwrite, qkv.operand_of(&block.keys, &key));
             let products = MatrixMut::strided(score_gradients, keys, queries, BLOCK);
-            scratch.gradients.multiply_from(0, products, Target::Overwrite, qkv.operand_of(block.key, &value));
+            scratch.gradients.multiply_from(0, products, Target::Overwrite, qkv.operand_of(&block.keys, &value));
 
-            let along = &scratch.along[h * time + from..][..queries];
-            softmax_backward(scores, score_gradients, block, shape.scale(), along, &log_sums[from..from + queries]);
+            let out_dots = &scratch.out_dots[h * time + from..][..queries];
+            softmax_backward(scores, score_gradients, block, shape.scale(), out_dots, &log_sums[from..from + queries]);
 
             // The keys of earlier blocks have a gradient already; that of the block's own begins here.
-            let earlier = from - block.key;
+            let earlier = from - block.keys.start;
             let mut add = |at: usize, right: &Panels, left: &[f32]| {
                 scratch.share_rows.pack(Matrix::strided(left, keys, queries, BLOCK));
                 for (key, count, target) in [(0, earlier, Target::Add), (earlier, queries, Target::Overwrite)] {
-                    let sums = MatrixMut::strided(&mut qkv_gradient[(block.key + key) * row + at..], count, head, row);
+                    let sums = MatrixMut::strided(&mut qkv_gradient[(block.keys.start + key) * row + at..], count, head, row);
                     right.multiply_from(from, sums, target, scratch.share_rows.operand(key));
                 }
             };
@@ -288,7 +288,7 @@ pub fn backward(
             add(key.start, &scratch.query_panels, score_gradients);
             scratch.shares.pack_here(Matrix::new(score_gradients, keys, BLOCK));
             let rows = MatrixMut::strided(&mut qkv_gradient[from * row + query.start..], queries, head, row);
-            scratch.key_panels.multiply_from(block.key, rows, Target::Overwrite, scratch.shares.turned());
+            scratch.key_panels.multiply_from(block.keys.start, rows, Target::Overwrite, scratch.shares.turned());
         }
     }
 }
@@ -310,7 +310,7 @@ vectorized! {
                 }
             }
             let mut sum = [0f32; LANES];
-            for key in 0..block.keys {
+            for key in 0..block.keys.len() {
                 let row = &mut scores[key * PARTS + part];
                 if !keys.contains(&key) {
                     row.fill(0.0);
@@ -342,35 +342,36 @@ vectorized! {
 }
 
 vectorized! {
-    /// The product of each head's output and its gradient at one position; those of two heads are `stride` apart.
-    fn along(out: &[f32], gradient: &[f32], head: usize, along: &mut [f32], stride: usize) {
+    /// The product of each head's output and its gradient at one position, `D` of the paper; those of two heads are `stride`
+    /// apart.
+    fn out_dots(out: &[f32], gradient: &[f32], head: usize, dots: &mut [f32], stride: usize) {
         let heads = out.chunks_exact(head).zip(gradient.chunks_exact(head));
-        for ((out, gradient), along) in heads.zip(along.iter_mut().step_by(stride)) {
-            *along = dot(out, gradient);
+        for ((out, gradient), out_dot) in heads.zip(dots.iter_mut().step_by(stride)) {
+            *out_dot = dot(out, gradient);
         }
     }
 }
 
 vectorized! {
     /// Turns scores into shares `p`, and the gradient `g` of the shares into that of the scores before they were scaled:
-    /// `scale p (g - sum p g)`, where the sum is what [`along`] gives.
+    /// `scale p (g - sum p g)`, where the sum is what [`out_dots`] gives.
     fn softmax_backward(
         scores: &mut [f32],
         gradients: &mut [f32],
         block: &Block,
         scale: f32,
-        along: &[f32],
+        out_dots: &[f32],
         log_sums: &[f32],
     ) {
         let ((scores, _), (gradients, _)) = (scores.as_chunks_mut::<LANES>(), gradients.as_chunks_mut::<LANES>());
         for (part, seen) in block.parts.iter().enumerate() {
             let keys = seen.keys();
-            let [mean, shift] = [along, log_sums].map(|numbers| {
+            let [out_dot, log_sum] = [out_dots, log_sums].map(|numbers| {
                 let mut lanes = [0f32; LANES];
                 lanes.iter_mut().zip(numbers.iter().skip(part * LANES)).for_each(|(lane, x)| *lane = *x);
                 lanes
             });
-            for key in 0..block.keys {
+            for key in 0..block.keys.len() {
                 let (scores, gradients) = (&mut scores[key * PARTS + part], &mut gradients[key * PARTS + part]);
                 if !keys.contains(&key) {
                     scores.fill(0.0);
@@ -379,8 +380,8 @@ vectorized! {
                 }
                 for lane in 0..LANES {
                     let visible = (key as u32).wrapping_sub(seen.first[lane]) < seen.count[lane];
-                    let share = exp(scale * scores[lane] - shift[lane]);
-                    let gradient = scale * share * (gradients[lane] - mean[lane]);
+                    let share = exp(scale * scores[lane] - log_sum[lane]);
+                    let gradient = scale * share * (gradients[lane] - out_dot[lane]);
                     scores[lane] = if visible { share } else { 0.0 };
                     gradients[lane] = if visible { gradient } else { 0.0 };
                 }

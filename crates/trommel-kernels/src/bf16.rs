@@ -42,7 +42,7 @@ pub(crate) fn pair_up(source: &[f32], row_stride: usize, (rows, columns): (usize
         // SAFETY: the level has the instructions, and the lengths were checked.
         return unsafe { hardware::pair_up(source, row_stride, (rows, columns), pairs) };
     }
-    for (row, pairs) in pairs.chunks_exact_mut(columns.div_ceil(2)).take(rows).enumerate() {
+    for (row, pairs) in pairs.chunks_exact_mut(columns.div_ceil(2)).enumerate() {
         for (numbers, pair) in source[row * row_stride..][..columns].chunks(2).zip(pairs) {
             *pair = round(numbers[0]) | numbers.get(1).map_or(0, |x| round(*x) << 16);
         }

@@ -134,7 +134,7 @@ impl Output<'_> {
         for (chunk, (losses, hidden_gradient)) in chunks {
             let (first, rows) = (chunk * step, losses.len());
             gradients.reserve(rows, vocab);
-            let tasks = gradients.parts(TASK_ROWS, rows).into_par_iter().with_max_len(1).enumerate();
+            let tasks = gradients.parts(TASK_ROWS).into_par_iter().with_max_len(1).enumerate();
             let tasks = tasks.zip(losses.par_chunks_mut(TASK_ROWS)).zip(hidden_gradient.par_chunks_mut(TASK_ROWS * width));
             tasks.for_each(|(((task, mut gradients), losses), hidden_gradient)| {
                 let rows = losses.len();

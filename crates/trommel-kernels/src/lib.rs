@@ -29,7 +29,7 @@ pub mod norm;
 pub mod panels;
 /// Weights that are mixed from a basis.
 pub mod projection;
-/// Left operands that were rounded once.
+/// Rows that were rounded once for several products.
 pub mod rows;
 /// Products tile by tile.
 mod tiles;

@@ -91,28 +91,24 @@ impl Panels {
     /// Replaces the content by `columns` of `rows` of `of`, which are of the same kind, on this thread. Both ends of `columns`
     /// are even.
     pub fn pack_columns(&mut self, of: &Rows, rows: Range<usize>, columns: &Range<usize>) {
-        let unit = of.columns_in_a_step(columns);
-        let from = rows.start * of.row + columns.start / unit;
-        match &of.numbers {
-            Numbers::Whole(numbers) | Numbers::Rounded(numbers) => {
-                self.pack_here(Matrix::strided(&numbers[from..], rows.len(), columns.len(), of.row));
-            }
-            Numbers::Paired(source) => self.fill_from_pairs((rows.len(), columns.len()), |first, here, panel, width| {
-                interleave_pairs(&source[from..], of.row, rows.len(), first..first + here, panel, width);
+        assert!(self.numbers.is_like(&of.numbers), "both operands of a product are of one kind");
+        match of.operand_of(&rows, columns) {
+            Operand::Whole(part) => self.pack_here(Matrix::strided(part.data, rows.len(), columns.len(), part.row)),
+            Operand::Paired(part) => self.fill_from_pairs((rows.len(), columns.len()), |first, here, panel, width| {
+                interleave_pairs(part.data, part.row, rows.len(), first..first + here, panel, width);
             }),
         }
     }
 
     /// [`Panels::pack_columns`], transposed.
     pub(crate) fn pack_columns_turned(&mut self, of: &Rows, rows: Range<usize>, columns: &Range<usize>) {
-        let unit = of.columns_in_a_step(columns);
-        let from = rows.start * of.row + columns.start / unit;
-        match &of.numbers {
-            Numbers::Whole(numbers) | Numbers::Rounded(numbers) => {
-                self.pack_here(Matrix::strided(&numbers[from..], rows.len(), columns.len(), of.row).transposed());
+        assert!(self.numbers.is_like(&of.numbers), "both operands of a product are of one kind");
+        match of.operand_of(&rows, columns) {
+            Operand::Whole(part) => {
+                self.pack_here(Matrix::strided(part.data, rows.len(), columns.len(), part.row).transposed());
             }
-            Numbers::Paired(source) => self.fill_from_pairs((columns.len(), rows.len()), |first, here, panel, width| {
-                turn_pairs(&source[from + first * of.row..], of.row, (here, columns.len() / unit), panel, width);
+            Operand::Paired(part) => self.fill_from_pairs((columns.len(), rows.len()), |first, here, panel, width| {
+                turn_pairs(&part.data[first * part.row..], part.row, (here, part.steps), panel, width);
             }),
         }
     }
@@ -143,7 +139,7 @@ impl Panels {
         let end = first + right.rows;
         assert!(right.columns == self.columns && end <= self.rows, "rows of another shape");
         assert!(first.is_multiple_of(2) && (end == self.rows || end.is_multiple_of(2)), "rows that cut a pair");
-        let unit = if matches!(self.numbers, Numbers::Paired(_)) { 2 } else { 1 };
+        let unit = self.numbers.per_step();
         self.cut(false).write(&mut self.numbers, first / unit..end.div_ceil(unit), right);
     }
 
@@ -163,7 +159,7 @@ impl Panels {
 
     /// Steps of a panel.
     fn steps(&self) -> usize {
-        if matches!(self.numbers, Numbers::Paired(_)) { self.rows.div_ceil(2) } else { self.rows }
+        self.rows.div_ceil(self.numbers.per_step())
     }
 
     /// `out = left * panels`, or `out += left * panels`, on the calling thread.
@@ -197,7 +193,7 @@ impl Panels {
     fn with_left(&self, work: impl FnOnce(&mut Rows)) {
         LEFT.with_borrow_mut(|rows| {
             // The numbers of a thread's products change between models, not between products.
-            if std::mem::discriminant(&rows.numbers) != std::mem::discriminant(&self.numbers) {
+            if !rows.numbers.is_like(&self.numbers) {
                 *rows = Rows::of(self.numbers.like());
             }
             work(rows);
@@ -207,13 +203,13 @@ impl Panels {
     /// [`Panels::multiply`] with the rows from `first` on of a left operand that was packed before, in the same precision.
     pub fn multiply_rows(&self, out: MatrixMut<'_>, target: Target, left: &Rows, first: usize) {
         assert_eq!(left.steps, self.steps(), "inner sizes of a product differ");
+        assert!(first + out.rows <= left.rows, "rows of another shape");
         self.multiply_from(0, out, target, left.operand(first));
     }
 
     /// [`Panels::multiply`] with the columns from `first` on of rows that were packed before, transposed: a product whose
     /// depth are the rows. `first` is even.
     pub fn multiply_turned(&self, out: MatrixMut<'_>, target: Target, left: &Rows, first: usize) {
-        assert!(left.step == 1 && first + out.rows <= left.columns, "columns of another shape");
         // The columns side by side: a tile reads a few numbers of each row, which lie far apart.
         self.with_left(|turned| {
             turned.pack_turned(left, self.rows, first, out.rows);
@@ -458,7 +454,7 @@ mod tests {
                     let mut packed = Rows::of(Numbers::new(isa, precision));
                     packed.pack(Matrix::new(&[1.0; 999], 3, 333));
                     packed.reserve(rows, columns);
-                    for (i, mut part) in packed.parts(4, rows).into_iter().enumerate() {
+                    for (i, mut part) in packed.parts(4).into_iter().enumerate() {
                         let here = &x[4 * i * columns..(4 * (i + 1) * columns).min(x.len())];
                         part.store(0, Matrix::new(here, here.len() / columns, columns));
                     }
@@ -501,14 +497,22 @@ mod tests {
     }
 
     #[test]
-    fn columns_of_rows_become_panels_in_both_directions() {
+    fn columns_of_rows_multiply_and_become_panels_in_both_directions() {
         let (x, a, row) = (numbers(80 * 150, 1), numbers(3 * 102, 2), 150);
-        for (rows, columns) in [(0..1, 0..2), (3..80, 4..40), (10..75, 30..132)] {
+        for (rows, columns) in [(0..1, 0..2), (3..80, 4..40), (5..73, 6..70), (10..75, 30..132)] {
             for precision in [Precision::F32, Precision::Bf16] {
                 for (isa, width) in levels(precision).into_iter().flat_map(|isa| [(isa, Width::Narrow), (isa, Width::Wide)]) {
                     let mut of = Rows::of(Numbers::new(isa, precision));
                     of.pack(Matrix::new(&x, 80, row));
                     let part = Matrix::strided(&x[rows.start * row + columns.start..], rows.len(), columns.len(), row);
+                    let mut right = Panels::for_level(isa, precision, width);
+                    right.pack_here(Matrix::new(&a[..3 * columns.len()], 3, columns.len()).transposed());
+                    let mut expected = vec![0.0; 3 * rows.len()];
+                    right.multiply(MatrixMut::new(&mut expected, rows.len(), 3), Target::Overwrite, part);
+                    let mut out = vec![0.0; expected.len()];
+                    let product = MatrixMut::new(&mut out, rows.len(), 3);
+                    right.multiply_from(0, product, Target::Overwrite, of.operand_of(&rows, &columns));
+                    assert_eq!(out, expected);
                     for turned in [false, true] {
                         let part = if turned { part.transposed() } else { part };
                         let product = |pack: &dyn Fn(&mut Panels)| {

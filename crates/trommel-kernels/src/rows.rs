@@ -1,5 +1,5 @@
-//! Left operands of products, in the numbers that their precision is multiplied in: rounded and paired once for several
-//! products, and kept instead of `f32` where only products read them.
+//! Rows in the numbers that products read: rounded and paired once for several products, and kept instead of `f32`. They are
+//! left operands as they are, and right ones once they are cut into panels.
 
 use std::ops::Range;
 
@@ -40,6 +40,16 @@ impl Numbers {
         }
     }
 
+    /// Whether both hold the same kind.
+    pub(crate) fn is_like(&self, other: &Numbers) -> bool {
+        std::mem::discriminant(self) == std::mem::discriminant(other)
+    }
+
+    /// How many numbers of the depth of a product a step takes.
+    pub(crate) fn per_step(&self) -> usize {
+        if matches!(self, Numbers::Paired(_)) { 2 } else { 1 }
+    }
+
     /// Makes room for `len` numbers or pairs; what is there already stays, so that sizes that change cost nothing.
     pub(crate) fn grow(&mut self, len: usize) {
         match self {
@@ -58,9 +68,10 @@ impl Numbers {
     }
 }
 
-/// A left operand, in the numbers that its precision is multiplied in.
+/// Rows in the numbers that products of their precision read.
 #[derive(Debug)]
 pub struct Rows {
+    pub(crate) rows: usize,
     pub(crate) columns: usize,
     pub(crate) row: usize,
     pub(crate) step: usize,
@@ -85,20 +96,20 @@ impl Rows {
 
     /// Without content, for these numbers.
     pub(crate) fn of(numbers: Numbers) -> Rows {
-        Rows { columns: 0, row: 0, step: 0, steps: 0, numbers }
+        Rows { rows: 0, columns: 0, row: 0, step: 0, steps: 0, numbers }
     }
 
     /// Makes room for `rows` rows of `columns` numbers, which [`Rows::store`] is to write.
     pub fn reserve(&mut self, rows: usize, columns: usize) {
-        self.columns = columns;
-        self.steps = if matches!(self.numbers, Numbers::Paired(_)) { columns.div_ceil(2) } else { columns };
+        (self.rows, self.columns) = (rows, columns);
+        self.steps = columns.div_ceil(self.numbers.per_step());
         (self.row, self.step) = (self.steps, 1);
         self.numbers.grow(rows * self.steps);
     }
 
     /// Replaces the rows from `first` on by those of `rows`, whose numbers lie side by side.
     pub fn store(&mut self, first: usize, rows: Matrix<'_>) {
-        assert_eq!(self.step, 1, "rows of another shape");
+        assert!(self.step == 1 && first + rows.rows <= self.rows, "rows of another shape");
         let (columns, steps) = (self.columns, self.steps);
         let numbers = match &mut self.numbers {
             Numbers::Whole(numbers) => NumbersMut::Whole(numbers),
@@ -108,10 +119,11 @@ impl Rows {
         RowsMut { columns, steps, numbers }.store(first, rows);
     }
 
-    /// Parts of `rows` rows each, for as many tasks, of `count` rows in all.
-    pub(crate) fn parts(&mut self, rows: usize, count: usize) -> Vec<RowsMut<'_>> {
+    /// Parts of `rows` rows each, for as many tasks.
+    pub(crate) fn parts(&mut self, rows: usize) -> Vec<RowsMut<'_>> {
+        assert_eq!(self.step, 1, "rows of another shape");
         let (columns, steps) = (self.columns, self.steps);
-        let (part, all) = (rows * steps.max(1), count * steps);
+        let (part, all) = (rows * steps.max(1), self.rows * steps);
         let rows = |numbers| RowsMut { columns, steps, numbers };
         match &mut self.numbers {
             Numbers::Whole(all_rows) => all_rows[..all].chunks_mut(part).map(|part| rows(NumbersMut::Whole(part))).collect(),
@@ -124,6 +136,7 @@ impl Rows {
 
     /// Writes the rows from `first` on to `out` (rows, columns).
     pub fn load(&self, first: usize, out: &mut [f32]) {
+        assert!(self.step == 1 && first * self.columns + out.len() <= self.rows * self.columns, "rows of another shape");
         match &self.numbers {
             Numbers::Whole(numbers) | Numbers::Rounded(numbers) => {
                 out.copy_from_slice(&numbers[first * self.row..][..out.len()]);
@@ -164,6 +177,7 @@ impl Rows {
     /// Replaces the content by columns `first..first + columns` of the first `rows` rows of `of`, which are of the same kind,
     /// transposed. `first` is even.
     pub(crate) fn pack_turned(&mut self, of: &Rows, rows: usize, first: usize, columns: usize) {
+        assert!(of.step == 1 && rows <= of.rows && first + columns <= of.columns, "columns of another shape");
         self.reserve(columns, rows);
         (self.row, self.step) = (1, columns);
         if columns == 0 {
@@ -191,17 +205,12 @@ impl Rows {
         self.numbers.operand(first * self.row, self.row, self.step, self.steps)
     }
 
-    /// The numbers `columns` of the rows from row `first` on. Both ends of `columns` are even.
-    pub(crate) fn operand_of(&self, first: usize, columns: &Range<usize>) -> Operand<'_> {
-        let unit = self.columns_in_a_step(columns);
-        self.numbers.operand(first * self.row + columns.start / unit, self.row, 1, columns.len() / unit)
-    }
-
-    /// How many of `columns` a step holds, where the rows may be cut to these.
-    pub(crate) fn columns_in_a_step(&self, columns: &Range<usize>) -> usize {
-        assert!(self.step == 1 && columns.end <= self.columns, "columns of another shape");
+    /// The numbers `columns` of `rows`. Both ends of `columns` are even.
+    pub(crate) fn operand_of(&self, rows: &Range<usize>, columns: &Range<usize>) -> Operand<'_> {
+        assert!(self.step == 1 && rows.end <= self.rows && columns.end <= self.columns, "columns of another shape");
         assert!(columns.start.is_multiple_of(2) && columns.end.is_multiple_of(2), "columns that cut a pair");
-        if matches!(self.numbers, Numbers::Paired(_)) { 2 } else { 1 }
+        let unit = self.numbers.per_step();
+        self.numbers.operand(rows.start * self.row + columns.start / unit, self.row, 1, columns.len() / unit)
     }
 }
 

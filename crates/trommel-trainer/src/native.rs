@@ -30,9 +30,9 @@ use crate::parameters::{layer_ranges, layer_sizes};
 
 /// Rows of a weight whose gradient one task sums.
 const WEIGHT_ROWS: usize = 96;
-/// Positions that go through the MLP together: what they need beside the weights stays in the second cache. A multiple of
-/// the rows of a tile, and even, as [`Panels::store`] wants it.
-const POSITIONS: usize = 48;
+/// Positions that go through a product of a layer together: what they need beside the weights stays in the second cache. A
+/// multiple of the rows of a block of AMX, which costs as much when it is not full, and even, as [`Panels::store`] wants it.
+const POSITIONS: usize = 64;
 
 /// The memory of one model's passes, kept from batch to batch.
 #[derive(Debug)]
@@ -49,8 +49,8 @@ pub(crate) struct Native {
     scratch: cross_entropy::Scratch,
 }
 
-/// What the forward pass of one sequence keeps for the backward pass, and what that has of it at hand. Rows that only products
-/// read are kept as these read them.
+/// What the forward pass of one sequence keeps for the backward pass, and what that has of it at hand. Rows that products read
+/// are kept as these read them.
 #[derive(Debug)]
 struct Sequence {
     inputs: Vec<Lines<f32>>, // layers + 1 times (time, width): the residual stream before each layer and after the last
