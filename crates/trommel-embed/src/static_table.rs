@@ -24,7 +24,7 @@ use trommel_core::key::Key;
 use trommel_kernels::embedding;
 
 use crate::model_folder::{ModelFolder, TOKENIZER, Tensors, parse_tokenizer};
-use crate::text_tokens::{KnownWords, TextTokens};
+use crate::text_tokens::{self, TextTokens};
 use crate::{Embedder, assert_shape, normalize};
 
 /// The file whose presence makes a folder a static table.
@@ -121,10 +121,10 @@ impl StaticTable {
 
     /// One text's vector. What `memory` holds changes the time and nothing else.
     fn embed_one(&self, text: &str, memory: &mut Memory, vector: &mut [f32]) -> Result<()> {
-        let Memory { ids, rows, known } = memory;
+        let Memory { ids, rows, tokens } = memory;
         ids.clear();
         rows.clear();
-        self.tokens.encode(text, known, ids)?;
+        self.tokens.encode(text, tokens, ids)?;
         match self.counts {
             Counts::Linear => rows.extend(ids.iter().map(|id| (*id, 1.0))),
             Counts::Logarithmic => distinct(ids, rows),
@@ -145,7 +145,7 @@ struct Memory {
     ids: Vec<u32>,
     /// The rows of the table that its vector is the sum of, and their factors.
     rows: Vec<(u32, f32)>,
-    known: KnownWords,
+    tokens: text_tokens::Memory,
 }
 
 /// `static_table.safetensors` for `vectors` `(tokens, dimensions)`.
@@ -197,7 +197,7 @@ mod tests {
     #[test]
     fn word_by_word_gives_the_same_bits() {
         let mut table = StaticTable::embedded().unwrap();
-        assert!(table.tokens.separable);
+        assert!(table.tokens.words.is_some());
         let windows = include_str!("../tests/fixtures/windows.jsonl");
         let odd = "Caf\u{e9} cafe\u{301} \u{301}x \u{4e00}a\u{4e01}\u{a0}b\u{2003}c \u{3a3}\u{391}\u{3a3} don't [CLS] a\u{0}b \u{200b} \n\t ##ing";
         let texts: Vec<&str> = windows.lines().chain([odd]).collect();
@@ -207,7 +207,7 @@ mod tests {
             vectors.into_iter().map(f32::to_bits).collect::<Vec<u32>>()
         };
         let by_word = embed(&table);
-        table.tokens.separable = false;
+        table.tokens.words = None;
         assert!(by_word == embed(&table));
     }
 }

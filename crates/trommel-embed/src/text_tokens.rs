@@ -2,32 +2,38 @@
 
 use std::collections::HashMap;
 
-use tokenizers::Tokenizer;
+use tokenizers::{PostProcessorWrapper, Tokenizer};
 use trommel_core::error::{Error, Result};
 
 use crate::sentence_encoder::unknown_token;
-use crate::wordpiece::{WordPiece, is_separable};
+use crate::wordpiece::WordPiece;
 
-/// The tokens of words that the tokenizer was asked for before.
-pub(crate) type KnownWords = HashMap<String, Vec<u32>>;
+/// What a thread keeps from text to text; it changes the time and nothing else.
+#[derive(Default)]
+pub(crate) struct Memory {
+    /// The tokens of words that the tokenizer was asked for before.
+    known: HashMap<String, Vec<u32>>,
+    /// The word at hand.
+    word: Vec<u8>,
+}
 
 /// Words that are remembered until all are forgotten, some 10 MB.
 const KNOWN_WORDS_MAX: usize = 1 << 16;
 /// Longer words are not likely to come again.
 const KNOWN_WORD_BYTES_MAX: usize = 32;
-/// What separates words; other white space is left to the tokenizer.
-const SEPARATORS: [char; 4] = [' ', '\n', '\t', '\r'];
 
 /// A tokenizer that gives ids and nothing else.
 pub(crate) struct TextTokens {
     tokenizer: Tokenizer,
-    pub(crate) separable: bool,
-    words: Option<WordPiece>,
+    /// Without it, the tokenizer is given whole texts.
+    pub(crate) words: Option<WordPiece>,
 }
 
 impl TextTokens {
-    pub(crate) fn of(tokenizer: Tokenizer) -> Self {
-        TextTokens { separable: is_separable(&tokenizer), words: WordPiece::of(&tokenizer), tokenizer }
+    pub(crate) fn of(mut tokenizer: Tokenizer) -> Self {
+        // It adds what frames a text, or repeats it.
+        tokenizer.with_post_processor(None::<PostProcessorWrapper>);
+        TextTokens { words: WordPiece::of(&tokenizer), tokenizer }
     }
 
     /// One more than the largest id.
@@ -40,22 +46,18 @@ impl TextTokens {
         unknown_token(&self.tokenizer).map(|id| id as usize)
     }
 
-    /// Appends the tokens of `text` to `ids`. What `known` holds changes the time and nothing else.
-    pub(crate) fn encode(&self, text: &str, known: &mut KnownWords, ids: &mut Vec<u32>) -> Result<()> {
-        if !self.separable {
+    /// Appends the tokens of `text` to `ids`.
+    pub(crate) fn encode(&self, text: &str, memory: &mut Memory, ids: &mut Vec<u32>) -> Result<()> {
+        let Some(words) = &self.words else {
             ids.extend(self.tokens(text)?);
             return Ok(());
-        }
-        for word in text.split(SEPARATORS).filter(|word| !word.is_empty()) {
-            if !self.words.as_ref().is_some_and(|words| words.encode(word.as_bytes(), ids)) {
-                self.add_word(word, known, ids)?;
-            }
-        }
-        Ok(())
+        };
+        let Memory { known, word } = memory;
+        words.encode(&self.tokenizer, text, word, ids, |word, ids| self.add_word(word, known, ids))
     }
 
     /// Appends the tokens of a word that [`WordPiece`] does not take.
-    fn add_word(&self, word: &str, known: &mut KnownWords, ids: &mut Vec<u32>) -> Result<()> {
+    fn add_word(&self, word: &str, known: &mut HashMap<String, Vec<u32>>, ids: &mut Vec<u32>) -> Result<()> {
         if let Some(found) = known.get(word) {
             ids.extend(found);
             return Ok(());

@@ -37,13 +37,24 @@ pub fn add_scaled_rows(table: &[i8], rows: &[(u32, f32)], sum: &mut [f32]) {
     for_each_row(table, rows, sum);
 }
 
+/// Rows that are added while a part of the sum is in a register.
+const TOGETHER: usize = 4;
+
 vectorized! {
     fn for_each_row(table: &[i8], rows: &[(u32, f32)], sum: &mut [f32]) {
         let width = sum.len();
-        for (row, scale) in rows {
-            let row = *row as usize;
-            for (sum, x) in sum.iter_mut().zip(&table[row * width..(row + 1) * width]) {
-                *sum += scale * f32::from(*x);
+        let row_of = |row: u32| &table[row as usize * width..][..width];
+        let (together, rest) = rows.as_chunks::<TOGETHER>();
+        for rows in together {
+            let [a, b, c, d] = rows.map(|(row, factor)| (row_of(row), factor));
+            for ((((sum, w), x), y), z) in sum.iter_mut().zip(a.0).zip(b.0).zip(c.0).zip(d.0) {
+                let after_two = *sum + a.1 * f32::from(*w) + b.1 * f32::from(*x);
+                *sum = after_two + c.1 * f32::from(*y) + d.1 * f32::from(*z);
+            }
+        }
+        for (row, factor) in rest {
+            for (sum, x) in sum.iter_mut().zip(row_of(*row)) {
+                *sum += factor * f32::from(*x);
             }
         }
     }
@@ -83,5 +94,7 @@ mod tests {
         assert_eq!(sum, [1.5, 22.0]);
         add_scaled_rows(&table, &[], &mut sum);
         assert_eq!(sum, [1.5, 22.0]);
+        add_scaled_rows(&table, &[(0, 1.0), (1, 1.0), (2, 1.0), (0, 2.0), (1, 0.5), (2, 3.0)], &mut sum);
+        assert_eq!(sum, [-187.5, 238.5]);
     }
 }
