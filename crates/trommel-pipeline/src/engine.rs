@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arrow::array::RecordBatch;
 use arrow::compute::cast;
-use arrow::datatypes::SchemaRef;
+use arrow::datatypes::{DataType, SchemaRef};
 use datafusion::datasource::MemTable;
 use datafusion::error::DataFusionError;
 use datafusion::execution::SendableRecordBatchStream;
@@ -22,7 +22,8 @@ use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::metadata::KeyValue;
-use parquet::file::properties::WriterProperties;
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use parquet::schema::types::ColumnPath;
 use tokio::runtime::Runtime;
 use trommel_core::error::{Error, Result};
 use trommel_core::progress::{Interrupt, Progress};
@@ -37,6 +38,8 @@ const BATCH_BYTES: u32 = 4 << 20;
 const BATCH_ROWS: u32 = 8192;
 /// Uncompressed bytes of a row group: what a writer holds in memory, and the unit that a reader can skip.
 const ROW_GROUP_BYTES: usize = 8 << 20;
+/// Numbers of vectors that are encoded at once. The encoder makes some 50 bytes of each, which are to stay in the cache.
+const ENCODED_NUMBERS: usize = 1 << 15;
 
 /// Where and how the stages run.
 pub struct Engine {
@@ -200,6 +203,14 @@ pub fn write_parquet(path: &Path, schema: &SchemaRef, batches: impl Iterator<Ite
     sink.finish()
 }
 
+/// The columns of vectors: their names, those of their items, and the numbers of a vector.
+fn vectors(schema: &SchemaRef) -> impl Iterator<Item = (&str, &str, usize)> {
+    schema.fields().iter().filter_map(|field| match field.data_type() {
+        DataType::FixedSizeList(item, len) => Some((field.name().as_str(), item.name().as_str(), (*len).max(1) as usize)),
+        _ => None,
+    })
+}
+
 /// A Parquet file that appears under its name when it is finished.
 pub struct ParquetSink {
     path: PathBuf,
@@ -207,19 +218,28 @@ pub struct ParquetSink {
     writer: ArrowWriter<BufWriter<File>>,
     file: AtomicFile,
     rows: u64,
+    /// Rows that are encoded at once.
+    rows_at_once: usize,
 }
 
 impl ParquetSink {
     /// Opens the sink; nothing is visible under `path` before [`ParquetSink::finish`].
     pub fn create(path: &Path, schema: &SchemaRef) -> Result<ParquetSink> {
         let file = AtomicFile::create(path)?;
-        let properties = WriterProperties::builder()
+        let mut properties = WriterProperties::builder()
             .set_compression(Compression::ZSTD(ZstdLevel::default()))
-            .set_max_row_group_bytes(Some(ROW_GROUP_BYTES))
-            .build();
-        let writer = ArrowWriter::try_new(BufWriter::new(file.handle()?), Arc::clone(schema), Some(properties));
+            .set_max_row_group_bytes(Some(ROW_GROUP_BYTES));
+        // Numbers of vectors hardly repeat, and nobody looks for one.
+        for path in vectors(schema).map(|(field, item, _)| ColumnPath::from(vec![field.into(), "list".into(), item.into()])) {
+            properties = properties
+                .set_column_dictionary_enabled(path.clone(), false)
+                .set_column_statistics_enabled(path, EnabledStatistics::None);
+        }
+        let writer = ArrowWriter::try_new(BufWriter::new(file.handle()?), Arc::clone(schema), Some(properties.build()));
         let writer = writer.map_err(|e| parquet_error(path, e))?;
-        Ok(ParquetSink { path: path.to_owned(), schema: Arc::clone(schema), writer, file, rows: 0 })
+        let longest = vectors(schema).map(|(.., len)| len).max();
+        let rows_at_once = longest.map_or(usize::MAX, |len| (ENCODED_NUMBERS / len).max(1));
+        Ok(ParquetSink { path: path.to_owned(), schema: Arc::clone(schema), writer, file, rows: 0, rows_at_once })
     }
 
     /// Appends the batch's columns of the same names, cast to the sink's types.
@@ -233,7 +253,10 @@ impl ParquetSink {
         let batch = RecordBatch::try_new(Arc::clone(&self.schema), columns);
         let batch =
             batch.map_err(|e| Error::internal("a row breaks the schema of its table").file(self.path.display()).source(e))?;
-        self.writer.write(&batch).map_err(|e| parquet_error(&self.path, e))?;
+        for first in (0..batch.num_rows()).step_by(self.rows_at_once) {
+            let part = batch.slice(first, self.rows_at_once.min(batch.num_rows() - first));
+            self.writer.write(&part).map_err(|e| parquet_error(&self.path, e))?;
+        }
         self.rows += batch.num_rows() as u64;
         Ok(())
     }
@@ -313,5 +336,39 @@ pub fn query_error(error: DataFusionError) -> Error {
             Error::system("a query could not read or write a file").source(e).hint("check the disk, then run again")
         }
         other => Error::data("a query failed").source(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow::array::{ArrayRef, FixedSizeListArray, Float16Array, UInt32Array};
+    use arrow::datatypes::{Field, Schema};
+    use half::f16;
+    use trommel_core::schema::embedding_type;
+
+    use super::*;
+
+    #[test]
+    fn vectors_come_back_and_have_neither_statistics_nor_a_dictionary() {
+        let (rows, len) = (300, 256);
+        let fields = vec![Field::new("row", DataType::UInt32, false), Field::new("embedding", embedding_type(len), false)];
+        let schema: SchemaRef = Arc::new(Schema::new(fields));
+        let numbers = Float16Array::from_iter_values((0..rows * len).map(|i| f16::from_f32((i % 2039) as f32)));
+        let DataType::FixedSizeList(item, _) = embedding_type(len) else { unreachable!("embeddings are lists") };
+        let vectors = FixedSizeListArray::new(item, len as i32, Arc::new(numbers), None);
+        let columns: Vec<ArrayRef> = vec![Arc::new(UInt32Array::from_iter_values(0..rows as u32)), Arc::new(vectors)];
+        let batch = RecordBatch::try_new(Arc::clone(&schema), columns).unwrap();
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vectors.parquet");
+        assert_eq!(write_parquet(&path, &schema, std::iter::once(Ok(batch.clone()))).unwrap().rows, rows as u64);
+        let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(&path).unwrap()).unwrap();
+        let [row, vector] = reader.metadata().row_group(0).columns() else { panic!("two columns") };
+        assert!(row.statistics().is_some() && row.dictionary_page_offset().is_some());
+        assert!(vector.statistics().is_none() && vector.dictionary_page_offset().is_none());
+        let read: Vec<RecordBatch> = reader.with_batch_size(rows).build().unwrap().map(Result::unwrap).collect();
+        assert_eq!(read, [batch]);
     }
 }
