@@ -123,11 +123,11 @@ def seconds(work):
 def fastest(ways, sample=lambda way: way()):
     """The way of the peer, out of several by name, whose `sample` takes the least time, the first time left out."""
     times = {name: min([seconds(lambda: sample(way)) for _ in range(3)][1:]) for name, way in ways.items()}
-    return ways[least(times)]
+    return ways[take_least(times)]
 
 
-def least(times):
-    """The name of the least of some `times` of the peer, in seconds by name."""
+def take_least(times):
+    """The name of the least of some `times` of the peer, in seconds by name, and a note of it."""
     best = min(times, key=times.get)
     note(f"peer: {best} is taken of " + ", ".join(f"{name} {time:.3f} s" for name, time in times.items()))
     return best
