@@ -10,13 +10,10 @@
 //!   candidates: score(c) <= lowest score + 2 * bound
 //! ```
 
-use std::cell::RefCell;
-
 use rayon::prelude::*;
 
 use crate::bf16::round_to_bf16;
 use crate::isa::Isa;
-use crate::lines::Lines;
 use crate::matmul::{Matrix, MatrixMut, Target};
 use crate::panels::{Panels, Precision};
 use crate::vectorize::{LANES, dot, fold, vectorized};
@@ -57,17 +54,6 @@ impl Size {
 struct Candidate {
     index: u32,
     score: f32,
-}
-
-/// Memory for a block of vectors.
-#[derive(Default)]
-struct Scratch {
-    scores: Lines<f32>, // (ROWS, COLUMNS)
-    candidates: Vec<Vec<Candidate>>,
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 /// The nearest centroid of one vector.
@@ -120,15 +106,14 @@ impl Centroids {
     pub fn nearest(&self, vectors: &[f32]) -> Vec<Nearest> {
         assert!(vectors.len().is_multiple_of(self.dimensions), "vectors have a wrong shape");
         let mut found = vec![Nearest { index: 0, squared_distance: f32::INFINITY }; vectors.len() / self.dimensions];
-        found.par_chunks_mut(ROWS).zip(vectors.par_chunks(ROWS * self.dimensions)).for_each(|(found, vectors)| {
-            SCRATCH.with_borrow_mut(|Scratch { scores, candidates }| {
-                scores.resize(ROWS * COLUMNS, 0.0);
-                candidates.resize(ROWS, Vec::new());
+        found.par_chunks_mut(ROWS).zip(vectors.par_chunks(ROWS * self.dimensions)).for_each_init(
+            || (vec![0.0; ROWS * COLUMNS], vec![Vec::new(); ROWS]),
+            |(scores, candidates), (found, vectors)| {
                 self.find_candidates(vectors, scores, &mut candidates[..found.len()]);
                 let rows = found.iter_mut().zip(vectors.chunks_exact(self.dimensions)).zip(candidates);
                 rows.for_each(|((found, vector), candidates)| *found = self.nearest_of(vector, candidates));
-            });
-        });
+            },
+        );
         found
     }
 
