@@ -29,7 +29,7 @@ fn set(overlays: &[&str]) -> Vec<String> {
 
 #[test]
 fn an_unknown_key_names_the_nearest() {
-    refuses(2, &["p.yaml", "unknown key `tokns`", "did you mean `tokens`?"], |_| set(&["resample.tokns=5"]));
+    refuses(2, &["--set resample.tokns=5: unknown key `tokns`", "did you mean `tokens`?"], |_| set(&["resample.tokns=5"]));
 }
 
 #[test]
@@ -38,6 +38,27 @@ fn a_missing_column_lists_the_others() {
         bench.write_parquet("corpus/bad.parquet", &[("body", Arc::new(StringArray::from(vec!["a"])))]);
         vec![]
     });
+}
+
+#[test]
+fn check_finds_every_file_that_lacks_a_column() {
+    let bench = Bench::new();
+    bench.write_parquet("corpus/bad.parquet", &[("body", Arc::new(StringArray::from(vec!["a"])))]);
+    bench.write("music/train.jsonl", "{\"content\": \"a\", \"title\": \"b\"}\nno json\n");
+    bench.write("corpus/worse.parquet", "this is no Parquet file at all");
+    let called = bench.call(&["check", "p.yaml", "--set", "train={model: slm-4m, tokens: 1M}"]);
+    assert_eq!(called.code, 2);
+    assert!(called.stderr.contains("--set train={model: slm-4m, tokens: 1M}: unknown model `slm-4m`"), "{}", called.stderr);
+    let called = bench.call(&["check", "p.yaml"]);
+    assert_eq!(called.code, 1);
+    for said in [
+        "error: corpus/bad.parquet: there is no column `text`\n\nhint: the columns are `body`; ",
+        "error: corpus/worse.parquet: not a whole Parquet file",
+        "error: music/train.jsonl: there is no column `text`\n\nhint: the columns are `content`, `title`; ",
+    ] {
+        assert!(called.stderr.contains(said), "`{said}` is not in:\n{}", called.stderr);
+    }
+    assert!(!bench.path("runs").exists());
 }
 
 #[test]
@@ -52,9 +73,13 @@ fn a_column_of_numbers_is_no_text() {
 
 #[test]
 fn an_empty_corpus_and_an_empty_domain() {
-    refuses(1, &["the corpus holds no text"], |bench| {
+    refuses(1, &["all.jsonl", "the corpus holds no documents"], |bench| {
         bench.write("corpus/all.jsonl", "");
         vec![]
+    });
+    refuses(1, &["music/test.parquet", "`domains.music.test` holds no documents"], |bench| {
+        bench.write_texts("music/test.parquet", &[]);
+        set(&["domains.music.test=music/test.parquet"])
     });
     refuses(1, &["the domain `music` holds no text"], |bench| {
         bench.write("music/train.jsonl", "\n\n");
@@ -127,7 +152,7 @@ fn bad_lines_are_listed_and_too_many_of_them_stop_the_run() {
     assert_eq!(
         listed,
         [
-            "1 line 2: not a JSON object: expected ident at line 1 column 2",
+            "1 line 2: not a JSON object: expected ident, at column 2",
             "2 line 3: invalid UTF-8 at byte 11",
             "3 the text is null",
             "4 the text is empty",
@@ -203,7 +228,7 @@ fn a_model_folder_of_the_wrong_architecture() {
         bench.write("model/config.json", r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}"#);
         set(&["embed.model=model"])
     });
-    refuses(2, &["p.yaml", "`nowhere` is not a folder"], |_| set(&["embed.model=nowhere"]));
+    refuses(2, &["--set embed.model=nowhere: `nowhere` is not a folder"], |_| set(&["embed.model=nowhere"]));
 }
 
 #[test]

@@ -106,6 +106,85 @@ fn sql_prints_tables_csv_json_and_parquet_and_names_mistakes() {
 }
 
 #[test]
+fn a_query_reads_only() {
+    let bench = Bench::new();
+    assert_eq!(bench.call(&["run", "p.yaml", "--until", "weigh"]).code, 0);
+    let written =
+        ["COPY weights TO 'out.csv'", "CREATE TABLE w AS SELECT * FROM weights; ", "PREPARE p AS COPY weights TO 'out.csv'"];
+    let codes = written.map(|sql| bench.call(&["sql", "runs/small", "-c", sql]).code);
+    // A table of one's own lasts as long as the prompt.
+    assert_eq!(codes, [1, 0, 1]);
+    assert!(!bench.path("out.csv").exists());
+}
+
+#[test]
+fn a_query_says_what_is_not_there() {
+    let bench = Bench::new();
+    assert_eq!(bench.call(&["run", "p.yaml"]).code, 0);
+    assert_eq!(bench.call(&["run", "p.yaml", "--until", "weigh", "--set", "cluster.k=4"]).code, 0);
+    let ask = |sql: &str| bench.call(&["sql", "runs/small", "-c", sql]);
+    // The folder of shards is another plan's now.
+    for (table, stage) in [("shards", "shard"), ("diagnostics", "resample")] {
+        let called = ask(&format!("SELECT count(*) AS n FROM {table}"));
+        assert!(called.code == 0 && called.stdout.contains("| 0 |"), "{}", called.stdout);
+        assert!(
+            called.stderr.contains(&format!("the table `{table}` is empty: stage `{stage}` has not run")),
+            "{}",
+            called.stderr
+        );
+    }
+    for (sql, said) in [
+        ("SELECT * FROM draws", "the table `draws` is not there: stage `resample` makes it"),
+        ("SELECT * FROM dsir_scores", "in a run with the method `dsir`"),
+        ("SELECT * FROM wieghts", "there is no table `wieghts`\n\nhint: the tables are: corpus, domains, windows, "),
+        ("SELECT wieght FROM weights", "error: a query failed: No field named wieght. Did you mean 'weights.weight'?\n"),
+        (
+            "SELEC 1",
+            "error: a query failed: sql parser error: Expected: an SQL statement, found: SELEC at Line: 1, Column: 1\n",
+        ),
+    ] {
+        let called = ask(sql);
+        assert!(called.code == 1 && called.stderr.contains(said), "`{said}` is not in:\n{}", called.stderr);
+    }
+    let listed = ask("SHOW TABLES").stdout;
+    assert!(["corpus", "domains", "weights"].iter().all(|table| listed.contains(&format!(" {table} "))), "{listed}");
+    assert!(
+        ["tree", "weigh", "rates", "cluster_statistics"].iter().all(|table| !listed.contains(&format!(" {table} "))),
+        "{listed}"
+    );
+}
+
+#[test]
+fn documents_that_changed_are_not_joined_with_old_windows() {
+    let bench = Bench::new();
+    assert_eq!(bench.call(&["run", "p.yaml", "--until", "weigh"]).code, 0);
+    let ask = |sql: &str| bench.call(&["sql", "runs/small", "-c", sql]);
+    bench.write_lines("corpus/all.jsonl", &corpus()[1..]);
+    let sql = "SELECT count(*) FROM assignments a JOIN corpus c ON c.file = a.file AND c.\"row\" = a.\"row\"";
+    let changed = ask(sql);
+    assert_eq!(changed.code, 1);
+    assert!(changed.stderr.contains("corpus/all.jsonl: the file has changed since the run read it"), "{}", changed.stderr);
+    std::fs::remove_file(bench.path("music/train.jsonl")).unwrap();
+    let gone = ask("SELECT * FROM domains");
+    assert!(gone.code == 1 && gone.stderr.contains("music/train.jsonl: cannot read the file"), "{}", gone.stderr);
+    for sql in ["SELECT * FROM weights", "SHOW TABLES"] {
+        assert_eq!(ask(sql).code, 0, "{sql}");
+    }
+}
+
+#[test]
+fn queries_from_a_pipe_stop_at_the_first_that_fails() {
+    let bench = Bench::new();
+    assert_eq!(bench.call(&["run", "p.yaml", "--until", "weigh"]).code, 0);
+    bench.write("queries.sql", "SELECT count(*) AS one FROM weights;\nSELECT nothing;\nSELECT 1 AS three;\n");
+    let mut command = bench.command(&["sql", "runs/small"]);
+    let output = command.stdin(std::fs::File::open(bench.path("queries.sql")).unwrap()).output().unwrap();
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(shown.contains("| one |") && !shown.contains("| three |"), "{shown}");
+}
+
+#[test]
 fn a_run_learns_its_table_once() {
     let bench = Bench::new();
     let run = |more: &[&str]| {
@@ -151,6 +230,8 @@ fn a_table_learnt_from_the_corpus_embeds_it() {
     let fit = |out: &str| bench.call(&["fit-embedder", "corpus", out, "--dimensions", "16", "--window-bytes", "400"]);
     let fitted = fit("table");
     assert_eq!(fitted.code, 0, "{}", fitted.stderr);
+    let twice = fit("table");
+    assert!(twice.code == 2 && twice.stderr.contains("table: there is something already"), "{}", twice.stderr);
     assert!(fitted.stdout.contains("0 rows were left out") && fitted.stdout.contains("16 dimensions"), "{}", fitted.stdout);
     // However the corpus is split, the table has the same bytes.
     let (first, second) = (&corpus()[..100], &corpus()[100..]);

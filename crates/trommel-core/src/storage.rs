@@ -117,10 +117,12 @@ pub fn remove_temporaries(folder: &Path) -> Result<()> {
     let Ok(entries) = fs::read_dir(folder) else { return Ok(()) };
     for entry in entries.flatten() {
         let path = entry.path();
-        if entry.file_type().is_ok_and(|t| t.is_dir()) {
-            remove_temporaries(&path)?;
-        } else if entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX) {
-            fs::remove_file(&path).map_err(|e| write_error(&path, e))?;
+        let is_folder = entry.file_type().is_ok_and(|t| t.is_dir());
+        match (entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX), is_folder) {
+            (true, true) => fs::remove_dir_all(&path).map_err(|e| write_error(&path, e))?,
+            (true, false) => fs::remove_file(&path).map_err(|e| write_error(&path, e))?,
+            (false, true) => remove_temporaries(&path)?,
+            (false, false) => {}
         }
     }
     Ok(())

@@ -20,14 +20,14 @@ use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 use trommel_core::error::{Error, Result};
 use trommel_core::progress::Progress;
-use trommel_core::storage::write_bytes;
+use trommel_core::storage::refuse_existing;
 use trommel_kernels::panels::Precision;
 
 use crate::Embedder;
 use crate::model_folder::TOKENIZER;
 use crate::principal::Principal;
 use crate::sentence_encoder::{SentenceEncoder, unknown_token};
-use crate::static_table::{Counts, STATIC_TABLE, table_bytes};
+use crate::static_table::{Counts, table_bytes, write_table};
 
 /// The dimensions of the table that the binary carries.
 pub const DEFAULT_DIMENSIONS: usize = 240;
@@ -54,12 +54,10 @@ pub struct Distilled {
     pub bytes: u64,
 }
 
-/// Writes to `output` a folder that [`crate::load::load`] reads as a static table, made from the sentence encoder in
+/// Writes to `output`, where nothing may be yet, a folder that [`crate::load::load`] reads as a static table, made from the sentence encoder in
 /// `encoder`. Equal inputs give equal bytes.
 pub fn distill(encoder: &Path, output: &Path, dimensions: usize, progress: &dyn Progress) -> Result<Distilled> {
-    if output.join("config.json").exists() {
-        return Err(Error::config("the output folder holds another model").file(output.display()).hint("name a new folder"));
-    }
+    refuse_existing(output)?;
     let model = SentenceEncoder::read(encoder, Precision::F32)?;
     if !(1..=model.dimensions()).contains(&dimensions) {
         let message = format!("`dimensions` is {dimensions}, possible is 1 to {}, the encoder's own", model.dimensions());
@@ -78,9 +76,7 @@ pub fn distill(encoder: &Path, output: &Path, dimensions: usize, progress: &dyn 
     }
     let table = table_bytes(vectors.view(), vocabulary.unknown, Counts::Linear)?;
     let tokenizer = vocabulary.tokenizer.to_string().into_bytes();
-    // The table makes the folder a model, so it comes last.
-    write_bytes(&output.join(TOKENIZER), &tokenizer)?;
-    write_bytes(&output.join(STATIC_TABLE), &table)?;
+    write_table(output, &tokenizer, &table)?;
     Ok(Distilled {
         tokens: vocabulary.ids.len(),
         dimensions,

@@ -18,10 +18,10 @@ use ndarray::{Array1, Array2, ArrayViewMut1, Axis, s};
 use rayon::prelude::*;
 use trommel_core::error::{Error, Result};
 use trommel_core::seed::Stream;
-use trommel_core::storage::write_bytes;
+use trommel_core::storage::refuse_existing;
 
-use crate::model_folder::{TOKENIZER, parse_tokenizer};
-use crate::static_table::{Counts, EMBEDDED_TOKENIZER, STATIC_TABLE, distinct, table_bytes};
+use crate::model_folder::parse_tokenizer;
+use crate::static_table::{Counts, EMBEDDED_TOKENIZER, distinct, table_bytes, write_table};
 use crate::text_tokens::{Memory, TextTokens};
 
 /// Directions that are followed beside those that are kept, for the accuracy of these.
@@ -46,13 +46,11 @@ pub struct Fitted {
     pub bytes: u64,
 }
 
-/// Writes to `output` a folder that [`crate::load::load`] reads as a static table, learnt from `windows`, of `dimensions` or as many
+/// Writes to `output`, where nothing may be yet, a folder that [`crate::load::load`] reads as a static table, learnt from `windows`, of `dimensions` or as many
 /// as they fill: no more than windows, and than different tokens in them. It has the tokens of the table that the binary carries.
 /// Equal inputs on equal processors give equal bytes.
 pub fn fit(windows: &[String], output: &Path, dimensions: usize, seed: u64) -> Result<Fitted> {
-    if output.join("config.json").exists() {
-        return Err(Error::config("the output folder holds another model").file(output.display()).hint("name a new folder"));
-    }
+    refuse_existing(output)?;
     let tokens = TextTokens::of(parse_tokenizer(EMBEDDED_TOKENIZER)?);
     let matrix = Matrix::count(windows, &tokens)?;
     let known = matrix.idf.iter().filter(|idf| **idf > 0.0).count();
@@ -71,9 +69,7 @@ pub fn fit(windows: &[String], output: &Path, dimensions: usize, seed: u64) -> R
         vector *= *idf;
     }
     let table = table_bytes(vectors.view(), tokens.unknown(), Counts::Logarithmic)?;
-    // The table makes the folder a model, so it comes last.
-    write_bytes(&output.join(TOKENIZER), EMBEDDED_TOKENIZER)?;
-    write_bytes(&output.join(STATIC_TABLE), &table)?;
+    write_table(output, EMBEDDED_TOKENIZER, &table)?;
     Ok(Fitted {
         windows: windows.len(),
         tokens: known,
@@ -175,7 +171,7 @@ fn rotated(x: &Array2<f64>) -> Result<(Array2<f64>, Array1<f64>)> {
 mod tests {
     use super::*;
     use crate::Embedder;
-    use crate::static_table::StaticTable;
+    use crate::static_table::{STATIC_TABLE, StaticTable};
 
     fn texts() -> Vec<String> {
         let kinds: [&dyn Fn(usize) -> String; 3] = [
@@ -189,9 +185,10 @@ mod tests {
     #[test]
     fn windows_of_one_kind_are_near_each_other() {
         let (folder, texts) = (tempfile::tempdir().unwrap(), texts());
-        let fitted = fit(&texts, folder.path(), 3, 17).unwrap();
+        let output = folder.path().join("table");
+        let fitted = fit(&texts, &output, 3, 17).unwrap();
         assert!(fitted.windows == 90 && fitted.explained > 0.3 && fitted.explained < 1.0, "{fitted:?}");
-        let table = StaticTable::read(folder.path()).unwrap();
+        let table = StaticTable::read(&output).unwrap();
         let mut vectors = vec![0.0; 90 * 3];
         table.embed(&texts.iter().map(String::as_str).collect::<Vec<_>>(), &mut vectors).unwrap();
         let cosine = |a: usize, b: usize| -> f32 { (0..3).map(|i| vectors[a * 3 + i] * vectors[b * 3 + i]).sum() };
@@ -202,16 +199,18 @@ mod tests {
 
     #[test]
     fn equal_texts_give_equal_bytes_and_little_text_fewer_dimensions() {
-        let folders = [(); 2].map(|()| tempfile::tempdir().unwrap());
-        let bytes = folders.each_ref().map(|folder| {
-            fit(&texts(), folder.path(), 3, 17).unwrap();
-            std::fs::read(folder.path().join(STATIC_TABLE)).unwrap()
+        let folder = tempfile::tempdir().unwrap();
+        let output = |name: &str| folder.path().join(name);
+        let bytes = ["a", "b"].map(|name| {
+            fit(&texts(), &output(name), 3, 17).unwrap();
+            std::fs::read(output(name).join(STATIC_TABLE)).unwrap()
         });
         assert!(bytes[0] == bytes[1]);
-        assert_eq!(fit(&texts()[..5], folders[0].path(), 6, 17).unwrap().dimensions, 5);
-        assert_eq!(StaticTable::read(folders[0].path()).unwrap().dimensions(), 5);
+        assert!(fit(&texts(), &output("a"), 3, 17).unwrap_err().to_string().contains("is not overwritten"));
+        assert_eq!(fit(&texts()[..5], &output("small"), 6, 17).unwrap().dimensions, 5);
+        assert_eq!(StaticTable::read(&output("small")).unwrap().dimensions(), 5);
         for nothing in [vec![], vec![" ".to_owned()]] {
-            assert!(fit(&nothing, folders[1].path(), 1, 17).unwrap_err().to_string().contains("no text"));
+            assert!(fit(&nothing, &output("none"), 1, 17).unwrap_err().to_string().contains("no text"));
         }
     }
 

@@ -21,6 +21,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use tokenizers::Tokenizer;
 use trommel_core::error::{Error, Result};
 use trommel_core::key::Key;
+use trommel_core::storage::{write_bytes, write_new_folder};
 use trommel_kernels::embedding;
 
 use crate::model_folder::{ModelFolder, TOKENIZER, Tensors, parse_tokenizer};
@@ -165,6 +166,14 @@ pub(crate) fn table_bytes(vectors: ArrayView2<f64>, unknown: Option<usize>, coun
         (SCALES, TensorView::new(Dtype::F32, vec![vectors.nrows()], &scales).map_err(failed)?),
     ];
     safetensors::serialize(tensors, counts.metadata()).map_err(failed)
+}
+
+/// Writes the folder of a static table, where nothing may be yet.
+pub(crate) fn write_table(folder: &Path, tokenizer: &[u8], table: &[u8]) -> Result<()> {
+    write_new_folder(folder, |folder| {
+        write_bytes(&folder.join(TOKENIZER), tokenizer)?;
+        write_bytes(&folder.join(STATIC_TABLE), table)
+    })
 }
 
 /// Turns ids into pairs of an id and one plus the logarithm of its count, in the order of ids.

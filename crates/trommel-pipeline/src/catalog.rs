@@ -8,22 +8,24 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arrow::array::{AsArray, Int64Array, RecordBatch, StringArray, UInt32Array};
-use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
-use datafusion::datasource::MemTable;
-use datafusion::error::DataFusionError;
-use datafusion::prelude::{ParquetReadOptions, SessionContext};
+use arrow::datatypes::{DataType, Field, Int64Type, Schema};
 use serde::{Deserialize, Serialize};
 use trommel_core::error::{Error, Result};
+use trommel_core::key::Key;
 use trommel_core::manifest::Manifest;
-use trommel_core::schema::{CORPUS, assignments, rejects, windows};
+use trommel_core::schema::CORPUS;
 use trommel_core::storage::write_bytes;
-use trommel_spec::plan::Plan;
+use trommel_spec::plan::{Plan, Source};
 
-use crate::documents::{Origin, documents_table};
-use crate::engine::{self, Engine, footer};
+use crate::documents::{Origin, OriginFile};
+use crate::engine::Engine;
 use crate::outputs::Outputs;
-use crate::resample::diagnostics_schema;
-use crate::results;
+use crate::shard::finished;
+
+/// The tables, and queries of them.
+mod tables;
+
+pub use tables::Tables;
 
 const FILE: &str = "catalog.json";
 
@@ -71,14 +73,21 @@ pub fn write(plan: &Plan, outputs: &Outputs) -> Result<()> {
         add("dsir_ratios", &dsir.ratios);
         add("dsir_selection", &dsir.selection);
     }
-    let shards = outputs.shards.iter().chain(outputs.dsir.iter().flat_map(|dsir| &dsir.outputs.shards));
-    catalog.shards = shards.map(|(_, folder)| relative(folder)).filter(|f| plan.run_dir.join(f).exists()).collect();
-    let named = |path: &PathBuf| (path.display().to_string(), std::path::absolute(path).unwrap_or_else(|_| path.clone()));
-    let mut origin = |source: &trommel_spec::plan::Source, split: Option<&str>| {
+    for set in outputs.shard_sets() {
+        // A folder may still hold the shards of another plan.
+        let folders = set.shards.iter().filter(|(_, folder)| finished(set, folder).is_some());
+        catalog.shards.extend(folders.map(|(_, folder)| relative(folder)));
+    }
+    let file = |path: &PathBuf| OriginFile {
+        name: path.display().to_string(),
+        path: std::path::absolute(path).unwrap_or_else(|_| path.clone()),
+        fingerprint: outputs.sources.get(path).map(Key::to_string).unwrap_or_default(),
+    };
+    let mut origin = |source: &Source, split: Option<&str>| {
         catalog.documents.push(Origin {
             domain: (source.name != CORPUS).then(|| source.name.clone()),
             split: split.map(str::to_owned),
-            files: source.files.iter().map(named).collect(),
+            files: source.files.iter().map(file).collect(),
         });
     };
     origin(&plan.corpus, None);
@@ -96,94 +105,10 @@ fn read(run_dir: &Path) -> Result<Catalog> {
         let error = Error::config("not a run directory").file(run_dir.display()).source(e);
         error.hint("name a directory that `trommel run` has made, such as `runs/NAME`")
     })?;
-    serde_json::from_slice(&text).map_err(|e| Error::data("the catalog is damaged").file(path.display()).source(e))
-}
-
-/// The name of the run in a directory.
-pub fn name(run_dir: &Path) -> Result<String> {
-    Ok(read(run_dir)?.name)
-}
-
-/// What to say of a query of these tables that failed. The engine names no file, so the first one that is missing or cut short
-/// is looked for, unless the query itself is wrong.
-pub fn query_error(run_dir: &Path, error: DataFusionError) -> Error {
-    use DataFusionError::{Plan, SQL, SchemaError};
-    let is_wrong = matches!(error.find_root(), Plan(_) | SQL(..) | SchemaError(..));
-    let catalog = if is_wrong { None } else { read(run_dir).ok() };
-    catalog.and_then(|catalog| broken_file(run_dir, &catalog)).unwrap_or_else(|| engine::query_error(error))
-}
-
-/// The first file of the tables that is missing or cut short, as an error.
-fn broken_file(run_dir: &Path, catalog: &Catalog) -> Option<Error> {
-    catalog.tables.values().flatten().find_map(|file| footer(&run_dir.join(file), "").err())
-}
-
-/// Registers every table of a run directory. A table whose stage has not run is empty or, where its columns depend on
-/// the run, absent.
-pub async fn register(session: &SessionContext, run_dir: &Path) -> Result<()> {
-    let catalog = read(run_dir)?;
-    let at = |path: &Path| run_dir.join(path);
-    for (table, files) in &catalog.tables {
-        // The engine would leave out one that is missing.
-        if let Some(missing) = files.iter().map(|f| at(f)).find(|path| !path.exists()) {
-            footer(&missing, "")?;
-        }
-        let paths: Vec<String> = files.iter().map(|f| at(f).display().to_string()).collect();
-        let frame = session.read_parquet(paths, ParquetReadOptions::default()).await;
-        let frame = frame.map_err(|error| broken_file(run_dir, &catalog).unwrap_or_else(|| engine::query_error(error)))?;
-        session.register_table(table.as_str(), frame.into_view()).map_err(engine::query_error)?;
-    }
-    let number = |name: &str| Field::new(name, DataType::Float64, true);
-    let cluster = || vec![Field::new("domain", DataType::Utf8, false), Field::new("cluster_id", DataType::UInt32, false)];
-    let numbers = |names: &[&str]| Arc::new(Schema::new([cluster(), names.iter().map(|n| number(n)).collect()].concat()));
-    let statistics = Schema::new(vec![
-        Field::new("cluster_id", DataType::UInt32, false),
-        Field::new("windows", DataType::Int64, true),
-        Field::new("bytes", DataType::Int64, true),
-        number("mean_distance"),
-        Field::new("top_terms", DataType::new_list(DataType::Utf8, true), true),
-    ]);
-    let defaults: [(&str, SchemaRef); 9] = [
-        ("windows", windows()),
-        ("assignments", assignments()),
-        ("rejects", rejects()),
-        ("cluster_statistics", Arc::new(statistics)),
-        ("histograms", numbers(&["windows", "bytes", "share"])),
-        ("weigh", numbers(&["p_domain", "p_corpus", "weight"])),
-        ("rates", numbers(&["rate", "epochs", "expected_draws", "wanted_draws"])),
-        ("diagnostics", diagnostics_schema()),
-        ("results", results::batch(&[])?.schema()),
-    ];
-    for (table, schema) in defaults {
-        if !catalog.tables.contains_key(table) {
-            register_rows(session, table, RecordBatch::new_empty(schema))?;
-        }
-    }
-    register_rows(session, "shards", shards(run_dir, &catalog)?)?;
-    let (corpus, domains): (Vec<Origin>, Vec<Origin>) = catalog.documents.into_iter().partition(|o| o.domain.is_none());
-    for (table, origins) in [(CORPUS, corpus), ("domains", domains)] {
-        // The sources may be gone; all other tables stand without them.
-        if origins.iter().flat_map(|o| &o.files).all(|(_, path)| path.is_file()) {
-            session.register_table(table, Arc::new(documents_table(&origins)?)).map_err(engine::query_error)?;
-        }
-    }
-    view(session, "weights", include_str!("sql/view_weights.sql")).await?;
-    if catalog.tables.contains_key("tree") {
-        view(session, "clusters", include_str!("sql/view_clusters.sql")).await?;
-    }
-    Ok(())
-}
-
-async fn view(session: &SessionContext, table: &str, sql: &str) -> Result<()> {
-    let frame = session.sql(sql).await.map_err(engine::query_error)?;
-    session.register_table(table, frame.into_view()).map_err(engine::query_error)?;
-    Ok(())
-}
-
-fn register_rows(session: &SessionContext, table: &str, batch: RecordBatch) -> Result<()> {
-    let memory = MemTable::try_new(batch.schema(), vec![vec![batch]]).map_err(engine::query_error)?;
-    session.register_table(table, Arc::new(memory)).map_err(engine::query_error)?;
-    Ok(())
+    serde_json::from_slice(&text).map_err(|e| {
+        let error = Error::data("the catalog is damaged, or of another version of trommel").file(path.display()).source(e);
+        error.hint("run the pipeline again: it writes the catalog anew")
+    })
 }
 
 /// The table `shards`, from the manifests.

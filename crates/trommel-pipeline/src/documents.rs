@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use trommel_core::error::{Error, Result};
 
 use crate::engine::query_error;
+use crate::outputs::fingerprint;
 use crate::source::{is_parquet, open_lines, open_parquet};
 
 /// Lines that a batch of JSON holds, and lines that its columns are guessed from.
@@ -32,20 +33,45 @@ pub struct Origin {
     pub domain: Option<String>,
     /// `train` or `test`, or none for the corpus.
     pub split: Option<String>,
-    /// The files: as the pipeline file names them, and where they lie.
-    pub files: Vec<(String, PathBuf)>,
+    /// The files.
+    pub files: Vec<OriginFile>,
+}
+
+/// A file of documents, as a run read it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct OriginFile {
+    /// As the pipeline file names it.
+    pub name: String,
+    /// Where it lies.
+    pub path: PathBuf,
+    /// What tells whether it has changed since.
+    pub fingerprint: String,
+}
+
+impl OriginFile {
+    /// Refuses a file that is gone, or is not the one that the run read: its rows would meet windows of other text.
+    fn check(&self) -> Result<()> {
+        let (_, found) = fingerprint(&self.path)?;
+        if found.to_string() == self.fingerprint {
+            return Ok(());
+        }
+        let error = Error::data("the file has changed since the run read it").file(self.path.display());
+        Err(error.hint("run the pipeline again: it makes what depends on this file anew"))
+    }
 }
 
 /// A table over the documents of `origins`, a partition per file. Columns are those of the files, by name, then `file`,
-/// `row` and, for domains, `domain` and `split`; a column of the user's with such a name gets a `_` behind it.
+/// `row` and, for domains, `domain` and `split`; a column of the user's with such a name gets a `_` behind it. Fails if a
+/// file is not there, or is another one now.
 pub fn documents_table(origins: &[Origin]) -> Result<StreamingTable> {
     let own: Vec<(&str, DataType)> = match origins.iter().any(|o| o.domain.is_some()) {
         true => vec![("file", DataType::Utf8), ("row", DataType::Int64), ("domain", DataType::Utf8), ("split", DataType::Utf8)],
         false => vec![("file", DataType::Utf8), ("row", DataType::Int64)],
     };
     let mut fields: Vec<Field> = Vec::new();
-    for (_, file) in origins.iter().flat_map(|o| &o.files) {
-        for field in columns(file).map_err(|e| e.file(file.display()))?.fields() {
+    for file in origins.iter().flat_map(|o| &o.files) {
+        file.check()?;
+        for field in columns(&file.path).map_err(|e| e.file(file.path.display()))?.fields() {
             let name = visible_name(field.name(), &own);
             if fields.iter().all(|f| *f.name() != name) {
                 fields.push(Field::new(name, field.data_type().clone(), true));
@@ -54,8 +80,9 @@ pub fn documents_table(origins: &[Origin]) -> Result<StreamingTable> {
     }
     fields.extend(own.iter().map(|(name, data_type)| Field::new(*name, data_type.clone(), false)));
     let schema = Arc::new(Schema::new(fields));
-    let partition = |origin: &Origin, (name, path): &(String, PathBuf)| -> Arc<dyn PartitionStream> {
-        Arc::new(DocumentFile { origin: origin.clone(), name: name.clone(), path: path.clone(), schema: Arc::clone(&schema) })
+    let partition = |origin: &Origin, file: &OriginFile| -> Arc<dyn PartitionStream> {
+        let (domain, split) = (origin.domain.clone(), origin.split.clone());
+        Arc::new(DocumentFile { domain, split, file: file.clone(), schema: Arc::clone(&schema) })
     };
     let partitions = origins.iter().flat_map(|o| o.files.iter().map(|file| partition(o, file))).collect();
     StreamingTable::try_new(Arc::clone(&schema), partitions).map_err(query_error)
@@ -82,9 +109,9 @@ fn columns(path: &Path) -> Result<Schema> {
 
 #[derive(Debug, Clone)]
 struct DocumentFile {
-    origin: Origin,
-    name: String,
-    path: PathBuf,
+    domain: Option<String>,
+    split: Option<String>,
+    file: OriginFile,
     schema: SchemaRef,
 }
 
@@ -93,9 +120,9 @@ type Batches = Box<dyn Iterator<Item = Result<(RecordBatch, Vec<i64>), DataFusio
 impl DocumentFile {
     /// The file's own columns, and the row of each of them.
     fn batches(&self) -> Result<Batches, DataFusionError> {
-        if is_parquet(&self.path) {
+        if is_parquet(&self.file.path) {
             // A text whose encoding is broken is null here, and its row is in the table `rejects`.
-            let reader = open_parquet(File::open(&self.path)?)?.1.with_batch_size(LINES).build()?;
+            let reader = open_parquet(File::open(&self.file.path)?)?.1.with_batch_size(LINES).build()?;
             let mut next = 0;
             return Ok(Box::new(reader.map(move |batch| {
                 let batch = batch?;
@@ -105,8 +132,8 @@ impl DocumentFile {
             })));
         }
         let external = |e: Error| DataFusionError::External(Box::new(e));
-        let schema = Arc::new(columns(&self.path).map_err(external)?);
-        let mut lines = open_lines(&self.path).map_err(external)?.0.split(b'\n').enumerate();
+        let schema = Arc::new(columns(&self.file.path).map_err(external)?);
+        let mut lines = open_lines(&self.file.path).map_err(external)?.0.split(b'\n').enumerate();
         Ok(Box::new(std::iter::from_fn(move || {
             let (mut text, mut rows) = (Vec::new(), Vec::new());
             for (row, line) in lines.by_ref() {
@@ -133,10 +160,10 @@ impl DocumentFile {
         let constant = |value: &str| Arc::new(StringArray::from_iter_values(std::iter::repeat_n(value, count))) as ArrayRef;
         let column = |field: &arrow::datatypes::FieldRef| -> Result<ArrayRef, ArrowError> {
             Ok(match field.name().as_str() {
-                "file" => constant(&self.name),
+                "file" => constant(&self.file.name),
                 "row" => Arc::new(Int64Array::from(rows.clone())),
-                "domain" if !field.is_nullable() => constant(self.origin.domain.as_deref().unwrap_or_default()),
-                "split" if !field.is_nullable() => constant(self.origin.split.as_deref().unwrap_or_default()),
+                "domain" if !field.is_nullable() => constant(self.domain.as_deref().unwrap_or_default()),
+                "split" if !field.is_nullable() => constant(self.split.as_deref().unwrap_or_default()),
                 name => match batch.column_by_name(name).or_else(|| batch.column_by_name(name.trim_end_matches('_'))) {
                     Some(column) => cast(column, field.data_type())?,
                     None => new_null_array(field.data_type(), count),
@@ -180,7 +207,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.jsonl");
         std::fs::write(&path, "{\"text\":\"one\",\"row\":\"r1\"}\nnot json\n{\"text\":\"two\",\"stars\":5}\n").unwrap();
-        let origin = Origin { domain: None, split: None, files: vec![("a.jsonl".into(), path)] };
+        let fingerprint = fingerprint(&path).unwrap().1.to_string();
+        let file = OriginFile { name: "a.jsonl".into(), path, fingerprint };
+        let origin = Origin { domain: None, split: None, files: vec![file] };
         let session = SessionContext::new();
         session.register_table("corpus", Arc::new(documents_table(&[origin]).unwrap())).unwrap();
         let frame = session.sql("SELECT text, row_, stars, \"row\" FROM corpus ORDER BY \"row\"").await.unwrap();

@@ -323,7 +323,9 @@ pub fn query_error(error: DataFusionError) -> Error {
             Ok(own) => *own,
             Err(other) => Error::data("a query failed").source(other),
         },
-        DataFusionError::Context(_, inner) => query_error(*inner),
+        DataFusionError::Context(_, inner) | DataFusionError::Diagnostic(_, inner) => query_error(*inner),
+        DataFusionError::SQL(e, _) => Error::data("a query failed").source(*e),
+        DataFusionError::ArrowError(e, _) => Error::data("a query failed").source(*e),
         DataFusionError::Shared(shared) => Error::data(format!("a query failed: {shared}")),
         DataFusionError::ResourcesExhausted(what) => {
             let error = Error::system(format!(
@@ -335,7 +337,8 @@ pub fn query_error(error: DataFusionError) -> Error {
         DataFusionError::IoError(e) => {
             Error::system("a query could not read or write a file").source(e).hint("check the disk, then run again")
         }
-        other => Error::data("a query failed").source(other),
+        DataFusionError::SchemaError(e, _) => Error::data("a query failed").source(*e),
+        other => Error::data(format!("a query failed: {}", other.message())),
     }
 }
 

@@ -11,6 +11,7 @@
 //!
 //! `Dsir` has the names of what only the method `dsir` makes.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -95,6 +96,8 @@ pub struct Outputs {
     pub shards_key: Key,
     /// What the compared models reached.
     pub results: PathBuf,
+    /// The fingerprint of every source file, as these names were computed from it.
+    pub sources: BTreeMap<PathBuf, Key>,
     /// What the method `dsir` makes, if it is wanted.
     pub dsir: Option<Box<Dsir>>,
 }
@@ -128,6 +131,7 @@ struct Input<'a> {
     source: &'a Source,
     path: &'a Path,
     bytes: u64,
+    fingerprint: Key,
     windows: Key,
 }
 
@@ -176,8 +180,9 @@ impl Outputs {
         };
 
         let test_files = plan.domains.iter().flat_map(|d| &d.test).flat_map(|test| &test.files);
-        let tests = test_files.map(|file| Ok(fingerprint(file)?.1.to_string())).collect::<Result<Vec<_>>>()?;
-        let results_settings = json(&(shards_key.to_string(), &spec.train, &spec.finetune, tests))?;
+        let tests = test_files.map(|file| Ok((file.clone(), fingerprint(file)?.1))).collect::<Result<Vec<_>>>()?;
+        let test_keys: Vec<String> = tests.iter().map(|(_, key)| key.to_string()).collect();
+        let results_settings = json(&(shards_key.to_string(), &spec.train, &spec.finetune, test_keys))?;
 
         let path = |stage: &str, name: &str, key: Key| plan.run_dir.join(stage).join(format!("{name}-{}.parquet", key.short()));
         let units = inputs.iter().map(|input| {
@@ -211,6 +216,7 @@ impl Outputs {
             shards: drawn.iter().map(|s| (s.clone(), plan.run_dir.join("shards").join(s))).collect(),
             shards_key,
             results: path("eval", "results", after("results", resample, &results_settings)),
+            sources: inputs.iter().map(|i| (i.path.to_owned(), i.fingerprint)).chain(tests).collect(),
             dsir: None,
         };
         if plan.spec.train.as_ref().is_some_and(|t| t.methods.contains(&Method::Dsir)) {
@@ -237,6 +243,11 @@ impl Outputs {
     /// The files of the table `histograms`.
     pub fn histogram_files(&self) -> Vec<&Path> {
         std::iter::once(&self.histograms).chain(&self.mixtures).map(PathBuf::as_path).collect()
+    }
+
+    /// The outputs that hold shards: our own, and DSIR's if they are wanted.
+    pub fn shard_sets(&self) -> impl Iterator<Item = &Outputs> {
+        std::iter::once(self).chain(self.dsir.as_ref().map(|dsir| &dsir.outputs))
     }
 
     /// The units of the corpus.
@@ -307,7 +318,7 @@ fn inputs(plan: &Plan) -> Result<Vec<Input<'_>>> {
             let settings = json(&(&source.name, &source.text, &source.id, &plan.spec.windows))?;
             let parts =
                 [version::WINDOWS.as_bytes(), path.as_os_str().as_encoded_bytes(), &fingerprint.0.to_le_bytes(), &settings];
-            inputs.push(Input { source, path, bytes, windows: Key::of(parts) });
+            inputs.push(Input { source, path, bytes, fingerprint, windows: Key::of(parts) });
         }
     }
     Ok(inputs)
@@ -325,7 +336,7 @@ fn joined(keys: impl Iterator<Item = Key>) -> Vec<u8> {
 }
 
 /// Size of a file, and the key of its size, its time of change, and the 64 KB at either end (a Parquet file's footer).
-fn fingerprint(path: &Path) -> Result<(u64, Key)> {
+pub(crate) fn fingerprint(path: &Path) -> Result<(u64, Key)> {
     const END: u64 = 64 << 10;
     let read = || -> std::io::Result<(u64, Key)> {
         let mut file = File::open(path)?;

@@ -10,12 +10,11 @@ use std::path::Path;
 
 use arrow::array::AsArray;
 use arrow::datatypes::{DataType, Float64Type, UInt32Type};
-use datafusion::prelude::SessionContext;
 use trommel_core::error::{Error, Result};
 use trommel_core::schema::CORPUS;
 
-use crate::catalog;
-use crate::engine::{query_error, runtime};
+use crate::catalog::Tables;
+use crate::engine::runtime;
 
 /// The cluster tree of a run and what falls to its leaves.
 #[derive(Debug, Clone)]
@@ -44,15 +43,14 @@ impl Proportions {
     /// Reads them from a run directory whose stage `weigh` is done.
     pub fn read(run_dir: &Path) -> Result<Proportions> {
         runtime(1)?.block_on(async {
-            let session = SessionContext::new();
-            catalog::register(&session, run_dir).await?;
-            let tree = rows(&session, "SELECT '', cluster_id, coalesce(parent_id, cluster_id), level FROM tree").await?;
-            let bins = rows(&session, "SELECT domain, cluster_id, share, bytes FROM histograms").await?;
-            let weights = rows(&session, "SELECT domain, cluster_id, weight, 0 FROM weigh").await?;
-            if tree.is_empty() || bins.is_empty() {
+            let tables = Tables::open(run_dir).await?;
+            let bins = rows(&tables, "SELECT domain, cluster_id, share, bytes FROM histograms").await?;
+            let weights = rows(&tables, "SELECT domain, cluster_id, weight, 0 FROM weights").await?;
+            if bins.is_empty() {
                 let error = Error::config("the run has no histograms yet").file(run_dir.display());
                 return Err(error.hint("run `trommel run` until the stage `weigh` first"));
             }
+            let tree = rows(&tables, "SELECT '', cluster_id, coalesce(parent_id, cluster_id), level FROM clusters").await?;
             Self::of(&tree, bins, weights)
         })
     }
@@ -159,10 +157,9 @@ impl Proportions {
 /// A text, an id and two numbers.
 type Row = (String, u32, f64, f64);
 
-async fn rows(session: &SessionContext, sql: &str) -> Result<Vec<Row>> {
-    let batches = async { session.sql(sql).await?.collect().await }.await.map_err(query_error)?;
+async fn rows(tables: &Tables, sql: &str) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
-    for batch in batches {
+    for batch in tables.query(sql).await?.rows {
         let cast = |i: usize, to: DataType| {
             arrow::compute::cast(batch.column(i), &to).map_err(|e| Error::internal("a table has a wrong type").source(e))
         };

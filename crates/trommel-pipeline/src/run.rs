@@ -148,7 +148,7 @@ impl<'a> Run<'a> {
                 bytes: made.map(|w| w.bytes),
             });
             catalog::write(self.plan, &self.outputs)?;
-            if stage == Stage::Windows && made.is_some() || stage == Stage::Embed {
+            if stage == Stage::Windows && made.is_some() || stage == Stage::Embed && self.reports[0].rows.is_none() {
                 self.check_windows().map_err(|e| e.stage("windows"))?;
             }
         }
@@ -212,6 +212,8 @@ impl<'a> Run<'a> {
         }
         let (table, spec) = (&self.outputs.table, &self.plan.spec);
         if self.must_learn() {
+            // Without its table, the folder of one is of no use.
+            remove_folder(table)?;
             let source = &self.plan.corpus;
             let learning = Learning { source, window_bytes: spec.windows.bytes, dimensions: DIMENSIONS, seed: spec.seed };
             // What cannot be used is counted and listed when the windows are written.
@@ -290,7 +292,7 @@ impl<'a> Run<'a> {
             Stage::Assign => Some(units.iter().map(|u| counts(u).map(|c| c.windows)).sum::<Result<u64>>()?),
             Stage::Shard if self.plan.spec.shard.by == ShardBy::Cluster => None,
             Stage::Shard => {
-                let sets: usize = shard_sets(&self.outputs).map(|o| o.shards.len()).sum();
+                let sets: usize = self.outputs.shard_sets().map(|o| o.shards.len()).sum();
                 Some(self.plan.spec.resample.tokens.0 * sets as u64)
             }
             _ => None,
@@ -317,9 +319,10 @@ impl<'a> Run<'a> {
                 let message =
                     format!("{rejected} rows of `{source}` cannot be used ({:.2}%), the first one is {first}", share * 100.0);
                 if share > limit {
-                    return Err(Error::data(format!("{message}; {:.2}% are allowed", limit * 100.0)).hint(
-                        "mend the files, or raise `corpus.max_reject_share`; `trommel sql RUN_DIR -c 'SELECT * FROM rejects'` lists every row",
-                    ));
+                    let run_dir = self.plan.run_dir.display();
+                    return Err(Error::data(format!("{message}; {:.2}% are allowed", limit * 100.0)).hint(format!(
+                        "mend the files, or raise `corpus.max_reject_share`; `trommel sql {run_dir} -c 'SELECT * FROM rejects'` lists every row",
+                    )));
                 }
                 self.engine.progress.line(&message);
             }
@@ -339,7 +342,7 @@ impl<'a> Run<'a> {
         if self.outputs.weights.exists() {
             checksums.insert("weights".to_owned(), checksum_file(&self.outputs.weights)?);
         }
-        for outputs in shard_sets(&self.outputs) {
+        for outputs in self.outputs.shard_sets() {
             for (_, folder) in &outputs.shards {
                 if let Some(manifest) = finished(outputs, folder) {
                     let name = folder.file_name().unwrap_or_default().to_string_lossy();
@@ -397,17 +400,12 @@ fn tables(outputs: &Outputs, stage: Stage) -> Vec<&Path> {
     }
 }
 
-/// The outputs that hold shards: our own, and DSIR's if they are wanted.
-fn shard_sets(outputs: &Outputs) -> impl Iterator<Item = &Outputs> {
-    std::iter::once(outputs).chain(outputs.dsir.as_ref().map(|dsir| &dsir.outputs))
-}
-
 fn is_done(outputs: &Outputs, stage: Stage) -> bool {
     let dsir = outputs.dsir.as_deref();
     match stage {
         Stage::Weigh => dsir.is_none_or(dsir::is_weighed) && is_done_without_dsir(outputs, stage),
         Stage::Resample => dsir.is_none_or(dsir::is_resampled) && is_done_without_dsir(outputs, stage),
-        Stage::Shard => shard_sets(outputs).all(|o| o.shards.iter().all(|(_, folder)| finished(o, folder).is_some())),
+        Stage::Shard => outputs.shard_sets().all(|o| o.shards.iter().all(|(_, folder)| finished(o, folder).is_some())),
         _ => is_done_without_dsir(outputs, stage),
     }
 }
@@ -437,7 +435,7 @@ fn size_of(outputs: &Outputs, stage: Stage) -> Result<Written> {
         Stage::Resample => written(units.filter_map(|u| u.draws.as_deref())),
         Stage::Tokenizer => Ok(Written { rows: 1, bytes: crate::source::size(&outputs.tokenizer) }),
         Stage::Shard => {
-            let folders = shard_sets(outputs).flat_map(|o| o.shards.iter().map(move |(_, folder)| (o, folder)));
+            let folders = outputs.shard_sets().flat_map(|o| o.shards.iter().map(move |(_, folder)| (o, folder)));
             let manifests = folders.filter_map(|(outputs, folder)| finished(outputs, folder).map(|m| (m, folder)));
             Ok(manifests.fold(Written::default(), |sum, (manifest, folder)| Written {
                 rows: sum.rows + manifest.shards.iter().map(|s| s.rows).sum::<u64>(),

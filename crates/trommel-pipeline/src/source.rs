@@ -24,6 +24,9 @@ use serde_json::Value;
 use trommel_core::error::{Error, Result};
 use trommel_spec::plan::Source;
 
+/// What can be said of sources before they are read.
+pub mod check;
+
 /// Text bytes that a batch aims at; one document can exceed it.
 const BATCH_BYTES: usize = 4 << 20;
 /// Rows that a batch never exceeds.
@@ -86,7 +89,8 @@ impl SourceFile {
         Ok(Box::new(rows.map(move |r| r.map_err(|e| e.file(&name)))))
     }
 
-    fn read_parquet(&self) -> Result<RowsIterator> {
+    /// A reader of a Parquet file, and the columns that matter.
+    fn open_columns(&self) -> Result<(ParquetRecordBatchReaderBuilder<File>, Vec<usize>)> {
         let broken = |e| {
             Error::data("not a whole Parquet file")
                 .source(e)
@@ -97,6 +101,11 @@ impl SourceFile {
         if let Some(id) = &self.id {
             columns.push(column(&fields, id, "id")?);
         }
+        Ok((builder, columns))
+    }
+
+    fn read_parquet(&self) -> Result<RowsIterator> {
+        let (builder, columns) = self.open_columns()?;
         let rows = builder.metadata().file_metadata().num_rows().max(1) as usize;
         let bytes: i64 = builder
             .metadata()
@@ -218,11 +227,14 @@ pub fn size(path: &Path) -> u64 {
 }
 
 fn column(fields: &Fields, name: &str, key: &str) -> Result<usize> {
-    fields.iter().position(|f| f.name() == name).ok_or_else(|| {
-        let others = fields.iter().map(|f| format!("`{}`", f.name())).collect::<Vec<_>>().join(", ");
-        Error::data(format!("there is no column `{name}`"))
-            .hint(format!("the columns are {others}; name one of them as `{key}:`"))
-    })
+    fields.iter().position(|f| f.name() == name).ok_or_else(|| none_named(name, key, fields.iter().map(|f| f.name().as_str())))
+}
+
+/// No column, or key of JSON, has the name that the setting `key` gives.
+fn none_named<'a>(name: &str, key: &str, others: impl Iterator<Item = &'a str>) -> Error {
+    let others = others.map(|other| format!("`{other}`")).collect::<Vec<_>>().join(", ");
+    Error::data(format!("there is no column `{name}`"))
+        .hint(format!("the columns are {others}; name one of them with the setting `{key}`"))
 }
 
 fn text_column(fields: &Fields, name: &str) -> Result<usize> {
@@ -238,13 +250,13 @@ fn text_column(fields: &Fields, name: &str) -> Result<usize> {
     let texts: Vec<String> = fields.iter().filter(|f| is_text(f.data_type())).map(|f| format!("`{}`", f.name())).collect();
     let hint = match texts.is_empty() {
         true => "no column of this file holds text".to_owned(),
-        false => format!("the columns that hold text are {}; name one of them as `text:`", texts.join(", ")),
+        false => format!("the columns that hold text are {}; name one of them with the setting `text`", texts.join(", ")),
     };
     Err(Error::data(format!("the column `{name}` holds {}, not text", fields[index].data_type())).hint(hint))
 }
 
 fn unreadable(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
-    Error::data("the file is damaged").source(error).hint("copy it again, or remove it from `paths`")
+    Error::data("the file is damaged").source(error).hint("copy it again, or leave it out")
 }
 
 struct ParquetRows {
@@ -398,10 +410,11 @@ impl Lines {
                 self.buffer.len()
             ));
         }
-        let line = std::str::from_utf8(&self.buffer).map_err(|e| format!("invalid UTF-8 at byte {}", e.valid_up_to() + 1))?;
+        let line = std::str::from_utf8(self.buffer.trim_ascii_end())
+            .map_err(|e| format!("invalid UTF-8 at byte {}", e.valid_up_to() + 1))?;
         let mut deserializer = serde_json::Deserializer::from_str(line);
         let found = Keys { text: &self.text, id: self.id.as_deref() }.deserialize(&mut deserializer);
-        let (text, id) = found.and_then(|f| deserializer.end().map(|()| f)).map_err(|e| format!("not a JSON object: {e}"))?;
+        let (text, id) = found.and_then(|f| deserializer.end().map(|()| f)).map_err(not_an_object)?;
         let text = match text {
             None => return Err(format!("there is no key `{}`", self.text)),
             Some(Value::String(text)) => Some(text),
@@ -423,6 +436,13 @@ impl Iterator for Lines {
     fn next(&mut self) -> Option<Self::Item> {
         self.batch().transpose()
     }
+}
+
+/// The parser names the line too, of the one line that it sees.
+fn not_an_object(error: serde_json::Error) -> String {
+    let text = error.to_string();
+    let what = text.rsplit_once(" at line ").map_or(text.as_str(), |(what, _)| what);
+    format!("not a JSON object: {what}, at column {}", error.column())
 }
 
 fn kind(value: &Value) -> &'static str {
@@ -507,7 +527,7 @@ mod tests {
         assert_eq!(
             listed,
             [
-                "2 line 3: not a JSON object: expected ident at line 1 column 2",
+                "2 line 3: not a JSON object: expected ident, at column 2",
                 "3 the text is null",
                 "4 line 5: `text` is a number, not text",
                 "5 line 6: there is no key `text`",

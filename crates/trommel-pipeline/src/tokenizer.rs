@@ -37,7 +37,14 @@ pub fn run(engine: &Engine, outputs: &Outputs, spec: &pipeline::Tokenizer) -> Re
         None => {
             let sample = read_sample(engine, outputs)?;
             let texts = sample.iter().map(|s| s.text.as_str());
-            (train(texts, spec.vocab() as usize)?, sample.len() as u64)
+            let tokenizer = train(texts, spec.vocab() as usize)?;
+            let (vocab, asked) = (tokenizer::vocab(&tokenizer), spec.vocab());
+            if vocab < asked {
+                engine
+                    .progress
+                    .line(&format!("the text gives a vocabulary of {vocab} tokens, and not the {asked} that are asked for"));
+            }
+            (tokenizer, sample.len() as u64)
         }
     };
     let text = tokenizer.to_string(false).map_err(|e| Error::internal("a tokenizer cannot be written").source(e))?;

@@ -69,11 +69,21 @@ impl Mixture {
 pub const EXTENSIONS: [&str; 10] =
     ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "ndjson", "ndjson.gz", "ndjson.zst", "json", "json.gz", "json.zst"];
 
-/// Reads, checks and resolves a pipeline file; returns every mistake at once.
-pub fn load(file: &Path, overlays: &[String], run_dir: Option<&Path>) -> Result<Plan, Vec<Error>> {
+/// Reads, checks and resolves a pipeline file; returns every mistake at once. `more` finds mistakes that only others know, each
+/// with the JSON pointer of its value.
+pub fn load(
+    file: &Path,
+    overlays: &[String],
+    run_dir: Option<&Path>,
+    more: impl Fn(&Pipeline) -> Vec<(&'static str, Error)>,
+) -> Result<Plan, Vec<Error>> {
     let document = read(file, overlays)?;
     let spec: Pipeline = validate::read(&document)?;
-    resolve(&document, spec, run_dir)
+    let more = more(&spec).into_iter().map(|(pointer, error)| document.place(pointer, error));
+    match (resolve(&document, spec, run_dir), more.collect::<Vec<_>>()) {
+        (Ok(plan), more) if more.is_empty() => Ok(plan),
+        (resolved, more) => Err(validate::in_file_order(resolved.err().into_iter().flatten().chain(more).collect())),
+    }
 }
 
 /// Reads a YAML file as a tree of values with positions.
@@ -475,5 +485,12 @@ mod tests {
         assert_eq!(document.value["resample"]["tokens"], "5M");
         assert_eq!(document.value["cluster"]["k"], 8);
         assert_eq!(document.value["train"]["methods"][0], "slm");
+        let overlays = ["cluster.k=null".to_owned(), "resample.tokens=many".to_owned(), "a=x: y: z".to_owned()];
+        let document = Document::parse("p.yaml", "cluster: {k: 4}\nresample: {tokens: 1M}", &overlays).unwrap();
+        assert_eq!(document.value, serde_json::json!({"cluster": {}, "resample": {"tokens": "many"}, "a": "x: y: z"}));
+        let place = |pointer| document.error(pointer, "wrong").to_string();
+        assert_eq!(place("/resample/tokens"), "--set resample.tokens=many: wrong");
+        assert_eq!(place("/cluster/k"), "--set cluster.k=null: wrong");
+        assert_eq!(place("/resample"), "p.yaml:2:1: wrong");
     }
 }

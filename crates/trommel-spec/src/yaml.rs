@@ -13,18 +13,26 @@ pub struct Document {
     pub file: String,
     /// The values.
     pub value: Value,
-    /// JSON pointer of a value to (line, column) of its key, or of itself within a list; both from 1.
-    positions: HashMap<String, (u64, u64)>,
+    /// Where the value of a JSON pointer comes from.
+    origins: HashMap<String, Origin>,
+}
+
+#[derive(Debug)]
+enum Origin {
+    /// Line and column, from 1, of its key or, within a list, of itself.
+    File(u64, u64),
+    /// The overlay that set it.
+    Overlay(String),
 }
 
 impl Document {
-    /// Parses the text of `file`, then applies overlays of the form `key.sub=value` in order.
+    /// Parses the text of `file`, then applies overlays of the form `key.sub=value` in order; no value, or `null`, leaves a key out.
     pub fn parse(file: &str, text: &str, overlays: &[String]) -> Result<Document> {
         let parsed = MarkedYaml::load_from_str(text).map_err(|e| {
             let error = Error::config(format!("not valid YAML: {e}")).file(file);
             error.hint("indent with spaces, and quote texts that contain `: ` or start with `*`, `&`, `{` or `[`")
         })?;
-        let mut document = Document { file: file.to_owned(), value: Value::Object(Map::new()), positions: HashMap::new() };
+        let mut document = Document::empty(file);
         match parsed.as_slice() {
             [] => {}
             [root] => document.value = document.convert(root, "")?,
@@ -43,23 +51,31 @@ impl Document {
         Ok(document)
     }
 
-    /// A configuration error at the value that `pointer` names, or at its nearest ancestor with a position.
+    fn empty(file: &str) -> Document {
+        Document { file: file.to_owned(), value: Value::Object(Map::new()), origins: HashMap::new() }
+    }
+
+    /// A configuration error at the value that `pointer` names, or at its nearest ancestor whose place is known.
     pub fn error(&self, pointer: &str, message: impl Into<String>) -> Error {
-        let error = Error::config(message).file(&self.file);
+        self.place(pointer, Error::config(message))
+    }
+
+    /// An error with that place.
+    pub fn place(&self, pointer: &str, error: Error) -> Error {
         let mut pointer = pointer;
         loop {
-            if let Some(&(line, column)) = self.positions.get(pointer) {
-                return error.at(line, column);
-            }
-            match pointer.rfind('/') {
-                Some(parent) => pointer = &pointer[..parent],
-                None => return error,
+            match (self.origins.get(pointer), pointer.rfind('/')) {
+                (Some(&Origin::File(line, column)), _) => return error.file(&self.file).at(line, column),
+                (Some(Origin::Overlay(overlay)), _) => return error.file(format!("--set {overlay}")),
+                (None, Some(parent)) => pointer = &pointer[..parent],
+                (None, None) => return error.file(&self.file),
             }
         }
     }
 
     fn convert(&mut self, node: &MarkedYaml, pointer: &str) -> Result<Value> {
         let place = |node: &MarkedYaml| (node.span.start.line() as u64, node.span.start.col() as u64 + 1);
+        let origin = |node: &MarkedYaml| Origin::File(place(node).0, place(node).1);
         Ok(match &node.data {
             YamlData::Mapping(mapping) => {
                 let mut object = Map::new();
@@ -69,7 +85,7 @@ impl Document {
                         Error::config("a key must be a plain word").file(&self.file).at(line, column)
                     })?;
                     let pointer = format!("{pointer}/{}", escape(&name));
-                    self.positions.insert(pointer.clone(), place(key));
+                    self.origins.insert(pointer.clone(), origin(key));
                     object.insert(name, self.convert(value, &pointer)?);
                 }
                 Value::Object(object)
@@ -78,7 +94,7 @@ impl Document {
                 let mut list = Vec::new();
                 for (index, item) in items.iter().enumerate() {
                     let pointer = format!("{pointer}/{index}");
-                    self.positions.insert(pointer.clone(), place(item));
+                    self.origins.insert(pointer.clone(), origin(item));
                     list.push(self.convert(item, &pointer)?);
                 }
                 Value::Array(list)
@@ -102,9 +118,11 @@ impl Document {
         let Some((path, text)) = overlay.split_once('=') else {
             return Err(wrong(format!("`--set {overlay}` has no `=`")));
         };
-        let parsed = Document::parse("--set", text, &[]).ok().map(|d| d.value);
-        // Bare scalars parse as a document of one scalar; an empty text means null.
-        let value = if text.trim().is_empty() { Value::Null } else { parsed.unwrap_or_else(|| Value::String(text.to_owned())) };
+        let value = MarkedYaml::load_from_str(text).ok().and_then(|parsed| match parsed.as_slice() {
+            [] => Some(Value::Null),
+            [root] => Document::empty("--set").convert(root, "").ok(),
+            _ => None,
+        });
         let mut target = &mut self.value;
         let keys: Vec<&str> = path.split('.').collect();
         for key in &keys[..keys.len() - 1] {
@@ -117,7 +135,15 @@ impl Document {
             }
         }
         let Value::Object(object) = target else { return Err(wrong(format!("`{path}` is inside a value that is no mapping"))) };
-        object.insert(keys[keys.len() - 1].to_owned(), value);
+        let key = keys[keys.len() - 1];
+        match value.unwrap_or_else(|| Value::String(text.to_owned())) {
+            Value::Null => _ = object.remove(key),
+            value => _ = object.insert(key.to_owned(), value),
+        }
+        let pointer: String = keys.iter().map(|key| format!("/{}", escape(key))).collect();
+        let below = format!("{pointer}/");
+        self.origins.retain(|known, _| *known != pointer && !known.starts_with(&below));
+        self.origins.insert(pointer, Origin::Overlay(overlay.to_owned()));
         Ok(())
     }
 }

@@ -53,7 +53,7 @@ pub fn export(checkpoint: &Path, format: Format, out: &Path) -> Result<Exported>
         Format::Gguf => write_atomic(out, |file| gguf::write(&model, &tokenizer, out, file)),
     };
     written.map_err(|error| match error.kind() {
-        Kind::System => error.hint("free some space, or name another place with `--out`"),
+        Kind::System => error.hint("check the space and the permissions there, or name another place with `--out`"),
         _ => error,
     })?;
     let bytes = size(out).map_err(|e| Error::system("cannot read what was written").file(out.display()).source(e))?;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::{StringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use trommel_embed::distill::DEFAULT_DIMENSIONS;
 use trommel_spec::pipeline::Distill;
 
 use crate::project::ChoiceArgument;
@@ -35,7 +36,7 @@ fn threads(text: &str) -> Result<usize, String> {
 pub(crate) enum Command {
     /// Run a pipeline: window, embed, cluster, weigh, resample, shard, and compare models trained on the result.
     Run(RunArguments),
-    /// Check a pipeline file and print every mistake with line and column.
+    /// Check a pipeline file and the files that it names, and print the mistakes with line and column.
     Check(PipelineArguments),
     /// Show the stages of a pipeline, and which of them are done; runs nothing.
     Plan(PlanArguments),
@@ -68,7 +69,8 @@ pub(crate) enum Command {
 pub(crate) struct PipelineArguments {
     /// The pipeline file (YAML).
     pub(crate) pipeline: PathBuf,
-    /// Replace a value of the file, such as `--set resample.tokens=5M`; may be given many times.
+    /// Replace a value of the file, such as `--set resample.tokens=5M`, or leave a key out, as `cluster.k=null`; may be given many
+    /// times.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) overlays: Vec<String>,
     /// The directory of all outputs [default: runs/NAME].
@@ -125,9 +127,9 @@ pub(crate) struct DeviceArgument {
 
 #[derive(Debug, Args)]
 pub(crate) struct SqlArguments {
-    /// A run directory, or the pipeline file that made it.
+    /// A run directory, or the pipeline file that made it in `runs/NAME`.
     pub(crate) run: PathBuf,
-    /// The query.
+    /// The query, which may only read.
     #[arg(short = 'c', long = "command", value_name = "QUERY")]
     pub(crate) query: Option<String>,
     /// How to print the rows.
@@ -335,7 +337,7 @@ pub(crate) struct DistillArguments {
     #[arg(value_parser = utf8_path())]
     pub(crate) out: PathBuf,
     /// Length of a vector.
-    #[arg(long, default_value_t = 256, value_name = "N")]
+    #[arg(long, default_value_t = DEFAULT_DIMENSIONS, value_name = "N")]
     pub(crate) dimensions: usize,
 }
 

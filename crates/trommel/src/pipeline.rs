@@ -10,6 +10,7 @@ use trommel_core::error::Error;
 use trommel_core::progress::Interrupt;
 use trommel_pipeline::results::Outcome;
 use trommel_pipeline::run::{Run, Stage, StageReport, survey};
+use trommel_pipeline::source;
 use trommel_spec::pipeline::Pipeline;
 use trommel_spec::plan::{self, Plan};
 use trommel_spec::training::Training;
@@ -18,7 +19,7 @@ use trommel_trainer::{device, model};
 
 use crate::args::{PipelineArguments, PlanArguments, RunArguments, SchemaArguments, SchemaKind, Until};
 use crate::compare::Comparison;
-use crate::compare::outcome::result_table;
+use crate::compare::outcome::{legend, result_table};
 use crate::compare::tune::wrong_adapters;
 use crate::progress;
 use crate::table::{bytes, known, table};
@@ -37,20 +38,23 @@ impl std::error::Error for Mistakes {}
 
 /// Reads, checks and resolves a pipeline file.
 pub(crate) fn load(file: &Path, overlays: &[String], run_dir: Option<&Path>) -> Result<Plan, Mistakes> {
-    let plan = plan::load(file, overlays, run_dir).map_err(Mistakes)?;
-    // The presets are the trainer's, so this one check is not the spec's.
-    let names = plan.spec.train.iter().flat_map(|train| [Some(&train.model), train.llm.as_ref()]).flatten();
-    let mut mistakes: Vec<Error> = names.filter_map(|name| model::preset(name, 8192).err()).collect();
-    mistakes.extend(wrong_adapters(&plan));
-    let mistakes: Vec<Error> = mistakes.into_iter().map(|e| e.file(file.display())).collect();
-    if !mistakes.is_empty() {
-        return Err(Mistakes(mistakes));
-    }
-    Ok(plan)
+    plan::load(file, overlays, run_dir, wrong_models).map_err(Mistakes)
+}
+
+/// What is wrong with the models of a pipeline, which the trainer knows, and not the spec.
+fn wrong_models(spec: &Pipeline) -> Vec<(&'static str, Error)> {
+    let names = spec.train.iter().flat_map(|t| [("/train/model", Some(&t.model)), ("/train/llm", t.llm.as_ref())]);
+    let unknown = names.filter_map(|(pointer, name)| Some((pointer, model::preset(name?, 8192).err()?)));
+    unknown.chain(wrong_adapters(spec).into_iter().map(|error| ("/finetune/lora", error))).collect()
 }
 
 fn load_from(arguments: &PipelineArguments) -> Result<Plan, Mistakes> {
     load(&arguments.pipeline, &arguments.overlays, arguments.run_dir.as_deref())
+}
+
+fn check_sources(plan: &Plan) -> Result<(), Mistakes> {
+    let mistakes = source::check::check(plan);
+    if mistakes.is_empty() { Ok(()) } else { Err(Mistakes(mistakes)) }
 }
 
 /// The object that `trommel run --json` prints. A contract.
@@ -66,6 +70,7 @@ struct RunReport {
 /// Runs a pipeline.
 pub(crate) fn run(arguments: &RunArguments, threads: usize, interrupt: Interrupt) -> anyhow::Result<()> {
     let plan = load_from(&arguments.pipeline)?;
+    check_sources(&plan)?;
     let device = device::parse(&arguments.device.device)?;
     let until = arguments.until.unwrap_or(Until::Eval);
     let progress = progress::for_stderr();
@@ -89,7 +94,7 @@ pub(crate) fn run(arguments: &RunArguments, threads: usize, interrupt: Interrupt
     }
     writeln!(out, "{}", stage_table(&report.stages))?;
     if !report.results.is_empty() {
-        writeln!(out, "\nHeld-out perplexity, with its standard error over documents:\n{}", result_table(&report.results))?;
+        writeln!(out, "\nHeld-out perplexity, {}:\n{}", legend(&report.results), result_table(&report.results))?;
     }
     if report.stages.iter().all(|s| s.cached) {
         writeln!(out, "Everything was done already.")?;
@@ -118,9 +123,10 @@ fn stage_table(stages: &[StageReport]) -> String {
     table(&["stage", "state", "seconds", "rows", "bytes"], 2, stages.iter().map(row))
 }
 
-/// Checks a pipeline file.
+/// Checks a pipeline file, and the files that it names.
 pub(crate) fn check(arguments: &PipelineArguments) -> anyhow::Result<()> {
     let plan = load_from(arguments)?;
+    check_sources(&plan)?;
     let files = plan.corpus.files.len();
     writeln!(
         std::io::stdout(),

@@ -17,7 +17,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 use trommel_core::storage::write_bytes;
-use trommel_pipeline::catalog;
+
 use trommel_pipeline::results::Outcome;
 
 use crate::args::ReportArguments;
@@ -93,7 +93,7 @@ fn read(run_dir: &Path) -> anyhow::Result<Report> {
     let mut of_level: BTreeMap<u32, usize> = BTreeMap::new();
     clusters.iter().for_each(|c: &Cluster| *of_level.entry(c.level).or_default() += 1);
     Ok(Report {
-        name: catalog::name(run_dir)?,
+        name: tables.name().to_owned(),
         diagnostics: tables.rows("SELECT * FROM diagnostics ORDER BY domain")?,
         weights,
         outcomes: tables.rows(include_str!("report/results.sql"))?,

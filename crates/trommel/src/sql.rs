@@ -1,8 +1,7 @@
 //! `trommel sql`: one query, or a prompt.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use datafusion::arrow::array::RecordBatch;
@@ -10,7 +9,6 @@ use datafusion::arrow::csv::WriterBuilder;
 use datafusion::arrow::json::ArrayWriter;
 use datafusion::arrow::util::pretty::pretty_format_batches;
 use datafusion::parquet::arrow::ArrowWriter;
-use datafusion::prelude::{SessionConfig, SessionContext};
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use serde::de::DeserializeOwned;
@@ -20,44 +18,43 @@ use trommel_pipeline::{catalog, engine};
 
 use crate::args::{Format, SqlArguments};
 
-/// The tables of a run directory.
+/// The tables of a run directory, and what their queries run on.
 pub(crate) struct Tables {
     runtime: Runtime,
-    session: SessionContext,
-    run_dir: PathBuf,
+    tables: catalog::Tables,
 }
 
 impl Tables {
     /// Opens them.
     pub(crate) fn open(run_dir: &Path) -> anyhow::Result<Tables> {
         let runtime = engine::runtime(rayon::current_num_threads())?;
-        let session = SessionContext::new_with_config(SessionConfig::new().with_information_schema(true));
-        runtime.block_on(catalog::register(&session, run_dir))?;
-        Ok(Tables { runtime, session, run_dir: run_dir.to_path_buf() })
+        let tables = runtime.block_on(catalog::Tables::open(run_dir))?;
+        Ok(Tables { runtime, tables })
+    }
+
+    /// The run's name.
+    pub(crate) fn name(&self) -> &str {
+        self.tables.name()
     }
 
     /// Whether there is a table of this name.
     pub(crate) fn has(&self, table: &str) -> bool {
-        self.session.table_exist(table).unwrap_or(false)
-    }
-
-    fn query(&self, sql: &str) -> anyhow::Result<Vec<RecordBatch>> {
-        let rows = self.runtime.block_on(async {
-            let frame = self.session.sql(sql).await?;
-            let columns = Arc::new(frame.schema().as_arrow().clone());
-            let mut rows = frame.collect().await?;
-            if rows.is_empty() {
-                rows.push(RecordBatch::new_empty(columns));
-            }
-            Ok(rows)
-        });
-        Ok(rows.map_err(|error| catalog::query_error(&self.run_dir, error))?)
+        self.tables.has(table)
     }
 
     /// The rows of a query, for results that are small.
     pub(crate) fn rows<T: DeserializeOwned>(&self, sql: &str) -> anyhow::Result<Vec<T>> {
-        let rows = json(&self.query(sql)?)?;
+        let rows = json(&self.runtime.block_on(self.tables.query(sql))?.rows)?;
         Ok(serde_json::from_slice(&rows).map_err(|e| Error::internal("a table has other columns").source(e))?)
+    }
+
+    /// Prints the rows of a query, and what it found to be empty.
+    fn answer(&self, sql: &str, format: Format) -> anyhow::Result<()> {
+        let answer = self.runtime.block_on(self.tables.query(sql))?;
+        for (table, stage) in answer.unmade {
+            eprintln!("note: the table `{table}` is empty: stage `{stage}` has not run with these settings");
+        }
+        print(&answer.rows, format)
     }
 }
 
@@ -75,7 +72,7 @@ pub(crate) fn run(arguments: &SqlArguments) -> anyhow::Result<()> {
         if arguments.run.is_file() { crate::pipeline::load(&arguments.run, &[], None)?.run_dir } else { arguments.run.clone() };
     let tables = Tables::open(&run_dir)?;
     match &arguments.query {
-        Some(sql) => print(&tables.query(sql)?, arguments.format),
+        Some(sql) => tables.answer(sql, arguments.format),
         None => prompt(arguments.format, &tables),
     }
 }
@@ -125,8 +122,10 @@ fn prompt(format: Format, tables: &Tables) -> anyhow::Result<()> {
             text.clear();
         } else if let Some(sql) = text.trim().strip_suffix(';') {
             editor.add_history_entry(text.trim())?;
-            if let Err(error) = tables.query(sql).and_then(|rows| print(&rows, format)) {
-                eprintln!("error: {error:#}");
+            match tables.answer(sql, format) {
+                Err(error) if io::stdin().is_terminal() => eprintln!("error: {error:#}"),
+                // Whoever wrote the queries beforehand wants no answers after one that failed.
+                result => result?,
             }
             text.clear();
         }

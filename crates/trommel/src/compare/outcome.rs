@@ -140,8 +140,8 @@ fn over_seeds(values: impl Iterator<Item = f64>) -> Option<Figure> {
     (!values.is_empty()).then(|| Figure::over_seeds(&values))
 }
 
-fn grouped<K: Ord>(outcomes: &[Outcome], key: impl Fn(&Outcome) -> K) -> BTreeMap<K, Vec<&Outcome>> {
-    let mut groups: BTreeMap<K, Vec<&Outcome>> = BTreeMap::new();
+fn grouped<'a, K: Ord>(outcomes: &'a [Outcome], key: impl Fn(&'a Outcome) -> K) -> BTreeMap<K, Vec<&'a Outcome>> {
+    let mut groups: BTreeMap<K, Vec<&'a Outcome>> = BTreeMap::new();
     outcomes.iter().for_each(|outcome| groups.entry(key(outcome)).or_default().push(outcome));
     groups
 }
@@ -171,6 +171,19 @@ pub(crate) fn known(figure: Option<Figure>) -> String {
 pub(crate) fn signed(difference: Option<Figure>) -> String {
     let error = |figure: Figure| figure.error.map_or_else(String::new, |error| format!(" ± {error:.3}"));
     difference.map_or_else(|| "-".to_owned(), |figure| format!("{:+.3}{}", figure.mean, error(figure)))
+}
+
+/// What the figures of [`result_table`] are.
+pub(crate) fn legend(outcomes: &[Outcome]) -> String {
+    let models = grouped(outcomes, |o| (&o.domain, &o.method, &o.variant, &o.stage));
+    let mut legend = match models.values().any(|seeds| seeds.len() > 1) {
+        true => "with its standard deviation over seeds, or of one seed its standard error over documents".to_owned(),
+        false => "with its standard error over documents".to_owned(),
+    };
+    if grouped(outcomes, |o| &o.domain).len() > 1 {
+        legend.push_str("; the macro average is the geometric mean over domains");
+    }
+    legend
 }
 
 /// One row per domain and method, and the macro average over domains where there are several.
@@ -216,6 +229,12 @@ mod tests {
         assert!(text.contains("11.00 ± 1.41") && text.contains("44.00 ± 5.66"), "{text}");
         // The roots of 10 * 40 and of 12 * 48 are 20 and 24.
         assert!(text.contains("(macro average)") && text.contains("22.00 ± 2.83"), "{text}");
+        assert_eq!(
+            legend(&rows),
+            "with its standard deviation over seeds, or of one seed its standard error over documents; \
+             the macro average is the geometric mean over domains"
+        );
+        assert_eq!(legend(&rows[..1]), "with its standard error over documents");
         let one = result_table(&rows[..1]);
         assert!(one.contains("10.00 ± 0.50") && !one.contains("macro"), "{one}");
         // A seed that lacks a domain has no macro average.

@@ -6,7 +6,7 @@ use trommel_core::error::{Error, Result};
 use trommel_core::manifest::Manifest;
 use trommel_pipeline::outputs::Outputs;
 use trommel_pipeline::results::Cost;
-use trommel_spec::pipeline::{Distill, Finetune, Lora, LoraBase, Method, Schedule, Train};
+use trommel_spec::pipeline::{Distill, Finetune, Lora, LoraBase, Method, Pipeline, Schedule, Train};
 use trommel_spec::plan::Plan;
 use trommel_trainer::checkpoint;
 use trommel_trainer::finetune::{FinetunePlan, FinetuneReport, PATIENCE, PATIENCE_FROM_SCRATCH, Start, TeacherPlan, finetune};
@@ -212,8 +212,8 @@ impl Comparison<'_> {
 }
 
 /// What is wrong with the adapters that a plan asks for.
-pub(crate) fn wrong_adapters(plan: &Plan) -> Vec<Error> {
-    let (Some(train), Some(finetune)) = (&plan.spec.train, &plan.spec.finetune) else { return Vec::new() };
+pub(crate) fn wrong_adapters(spec: &Pipeline) -> Vec<Error> {
+    let (Some(train), Some(finetune)) = (&spec.train, &spec.finetune) else { return Vec::new() };
     let wanted = finetune.lora.of.iter().filter(|_| train.methods.contains(&Method::Lora));
     let names = wanted.filter_map(|base| if *base == LoraBase::Llm { train.llm.as_ref() } else { Some(&train.model) });
     // The vocabulary is not known yet, and adapters do not depend on it.
