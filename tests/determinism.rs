@@ -25,7 +25,7 @@ fn threads_and_splits_and_formats_change_nothing() {
 fn the_instructions_of_the_processor_change_nothing() {
     let bench = Bench::new();
     let expected = bench.checksums(&["--run-dir", "best"]);
-    for level in ["portable", "avx2", "avx512", "avx512bf16"] {
+    for level in ["portable", "avx2", "avx512", "avx512vnni", "avx512bf16"] {
         let mut run = bench.command(&["run", "p.yaml", "--json", "--run-dir", level]);
         let output = run.env("TROMMEL_ISA", level).output().unwrap();
         let errors = String::from_utf8_lossy(&output.stderr);

@@ -15,19 +15,22 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, CD, DQ and VL.
     Avx512,
-    /// AVX-512 with products of `bf16` pairs.
+    /// AVX-512 with products of 8-bit integers.
+    Avx512Vnni,
+    /// The same with products of `bf16` pairs.
     Avx512Bf16,
     /// The same and AMX, tiles of `bf16` pairs, which the system has permitted.
     Amx,
 }
 
-/// The variable that lowers the level: `portable`, `avx2`, `avx512`, `avx512bf16` or `amx`.
+/// The variable that lowers the level: `portable`, `avx2`, `avx512`, `avx512vnni`, `avx512bf16` or `amx`.
 pub const VARIABLE: &str = "TROMMEL_ISA";
 
-const NAMES: [(&str, Isa); 5] = [
+const NAMES: [(&str, Isa); 6] = [
     ("portable", Isa::Portable),
     ("avx2", Isa::Avx2),
     ("avx512", Isa::Avx512),
+    ("avx512vnni", Isa::Avx512Vnni),
     ("avx512bf16", Isa::Avx512Bf16),
     ("amx", Isa::Amx),
 ];
@@ -73,11 +76,13 @@ impl Isa {
             && is_x86_feature_detected!("avx512cd")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl");
-        match (avx2, avx512, is_x86_feature_detected!("avx512bf16")) {
-            (true, true, true) if has_amx() && amx::permitted() => Isa::Amx,
-            (true, true, true) => Isa::Avx512Bf16,
-            (true, true, false) => Isa::Avx512,
-            (true, false, _) => Isa::Avx2,
+        let vnni = avx512 && is_x86_feature_detected!("avx512vnni");
+        match (avx2, avx512, vnni, is_x86_feature_detected!("avx512bf16")) {
+            (true, true, true, true) if has_amx() && amx::permitted() => Isa::Amx,
+            (true, true, true, true) => Isa::Avx512Bf16,
+            (true, true, true, false) => Isa::Avx512Vnni,
+            (true, true, false, _) => Isa::Avx512,
+            (true, false, ..) => Isa::Avx2,
             (false, ..) => Isa::Portable,
         }
     }

@@ -1,8 +1,9 @@
 //! The nearest of many centroids, the step of clustering that must scale.
 //!
-//! `|x - c|^2 = |x|^2 - 2 x.c + |c|^2`, so the work is one matrix product per block of rows. It runs in `bf16` where the
-//! processor multiplies that; then every centroid that could be the nearest, by the bound of the rounding, is looked at again
-//! in `f32`, with sums in one order. So the answers have the same bits on every processor, wherever a vector stands:
+//! `|x - c|^2 = |x|^2 - 2 x.c + |c|^2`, so the work is one matrix product per block of rows. Its first look is in fewer bits,
+//! where the processor multiplies those faster; then every centroid that could be the nearest, by the bound of the rounding, is
+//! looked at again in `f32`, with sums in one order. So the answers have the same bits on every processor, wherever a vector
+//! stands:
 //!
 //! ```text
 //!   score(c) = |c|^2 - 2 x'.c'          x', c' rounded
@@ -18,34 +19,99 @@ use crate::matmul::{Matrix, MatrixMut, Target};
 use crate::panels::{Panels, Precision};
 use crate::vectorize::{LANES, dot, fold, vectorized};
 
+/// The first look in 8-bit integers.
+mod bytes;
+
 /// Rows of a block.
 const ROWS: usize = 128;
 /// Centroids of a block: 128 x 512 scores are 256 KB, which stay in the second-level cache.
 const COLUMNS: usize = 512;
 
+/// The numbers of the first look: they decide the time, and not the answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FirstLook {
+    /// As they are.
+    F32,
+    /// Rounded to 8 bits of mantissa.
+    Bf16,
+    /// Rounded to 8-bit integers, each vector on a scale of its own; for `Isa::Avx512Vnni` and above.
+    Int8,
+}
+
+impl FirstLook {
+    /// The fastest for the processor and vectors of so many dimensions.
+    pub fn fastest(dimensions: usize) -> FirstLook {
+        match Isa::current() {
+            // Tiles multiply several times as many pairs as registers multiply bytes.
+            Isa::Amx => FirstLook::Bf16,
+            isa if isa >= Isa::Avx512Vnni && dimensions <= bytes::DIMENSIONS_MAX => FirstLook::Int8,
+            isa if isa >= Isa::Avx512Bf16 => FirstLook::Bf16,
+            _ => FirstLook::F32,
+        }
+    }
+}
+
 /// Points that vectors are compared with.
 #[derive(Debug)]
 pub struct Centroids {
     points: Vec<f32>,
+    /// Filled up to whole panels of bytes with infinity.
     squared_norms: Vec<f32>,
     dimensions: usize,
-    blocks: Vec<Panels>, // (dimensions, COLUMNS) each
-    precision: Precision,
+    rounded: Rounded,
+    sizes: Vec<Size>,
     /// The longest centroid, and the longest difference between a centroid and what it is rounded to.
     largest: Size,
 }
 
-/// Length of a vector, and of what rounding takes from it.
+/// The centroids of the first look.
+#[derive(Debug)]
+enum Rounded {
+    /// Blocks of (dimensions, `COLUMNS`) each.
+    Floats(Vec<Panels>, Precision),
+    Bytes(bytes::Panels),
+}
+
+/// Squared length of a vector, and the length of what rounding takes from it.
 #[derive(Debug, Clone, Copy, Default)]
 struct Size {
-    norm: f32,
+    squared_norm: f32,
     residual: f32,
+}
+
+/// What was found of some rows.
+struct Found<'a> {
+    /// The highest score of a candidate, for each row.
+    limits: &'a mut [f32],
+    /// How far a candidate may be above the lowest score of its row; infinite where the limit is a given one.
+    within: &'a [f32],
+    candidates: &'a mut [Vec<Candidate>],
+}
+
+impl Found<'_> {
+    /// The limit of a row, now that one of its scores is `lowest`.
+    fn limit(&mut self, row: usize, lowest: f32) -> f32 {
+        let limit = &mut self.limits[row];
+        *limit = limit.min(lowest + self.within[row]);
+        *limit
+    }
+}
+
+/// Memory for a block of rows.
+#[derive(Debug, Default)]
+struct Scratch {
+    scores: Vec<f32>,
+    rows: bytes::Rows,
 }
 
 impl Size {
     fn of(vector: &[f32], precision: Precision) -> Size {
         let residual = if precision == Precision::Bf16 { squared_residual(vector).sqrt() } else { 0.0 };
-        Size { norm: squared_norm(vector).sqrt(), residual }
+        Size { squared_norm: squared_norm(vector), residual }
+    }
+
+    fn norm(self) -> f32 {
+        self.squared_norm.sqrt()
     }
 }
 
@@ -69,32 +135,46 @@ impl Centroids {
     /// `points` is `(centroids, dimensions)`, with at least one centroid, all finite. Vectors far below 1e-15 are told apart
     /// only as far as their squares are normal numbers.
     pub fn new(points: Vec<f32>, dimensions: usize) -> Self {
-        let precision = if Isa::current() >= Isa::Avx512Bf16 { Precision::Bf16 } else { Precision::F32 };
-        Self::in_precision(precision, points, dimensions)
+        Self::with_first_look(FirstLook::fastest(dimensions), points, dimensions)
     }
 
-    /// [`Centroids::new`] with the first look in `precision`: it decides the time, and not the answers.
-    pub fn in_precision(precision: Precision, points: Vec<f32>, dimensions: usize) -> Self {
+    /// [`Centroids::new`] with another first look, one that the processor has.
+    pub fn with_first_look(look: FirstLook, points: Vec<f32>, dimensions: usize) -> Self {
         assert!(
             dimensions > 0 && !points.is_empty() && points.len().is_multiple_of(dimensions),
             "centroids have a wrong shape"
         );
+        let (rounded, sizes) = match look {
+            FirstLook::F32 => Self::in_floats(Precision::F32, &points, dimensions),
+            FirstLook::Bf16 => Self::in_floats(Precision::Bf16, &points, dimensions),
+            FirstLook::Int8 => {
+                assert!(Isa::current() >= Isa::Avx512Vnni && dimensions <= bytes::DIMENSIONS_MAX, "no products of bytes");
+                let (panels, sizes) = bytes::Panels::new(&points, dimensions);
+                (Rounded::Bytes(panels), sizes)
+            }
+        };
+        let largest = sizes.iter().fold(Size::default(), |largest, size| Size {
+            squared_norm: largest.squared_norm.max(size.squared_norm),
+            residual: largest.residual.max(size.residual),
+        });
+        let mut squared_norms: Vec<f32> = sizes.iter().map(|size| size.squared_norm).collect();
+        squared_norms.resize(sizes.len().next_multiple_of(bytes::PANEL), f32::INFINITY);
+        Centroids { points, squared_norms, dimensions, rounded, sizes, largest }
+    }
+
+    fn in_floats(precision: Precision, points: &[f32], dimensions: usize) -> (Rounded, Vec<Size>) {
         let blocks = points.chunks(COLUMNS * dimensions).map(|points| {
             let mut panels = Panels::new(precision);
             panels.pack(Matrix::new(points, points.len() / dimensions, dimensions).transposed());
             panels
         });
-        let largest = points.chunks_exact(dimensions).fold(Size::default(), |largest, point| {
-            let size = Size::of(point, precision);
-            Size { norm: largest.norm.max(size.norm), residual: largest.residual.max(size.residual) }
-        });
-        let squared_norms = points.chunks_exact(dimensions).map(squared_norm).collect();
-        Centroids { blocks: blocks.collect(), points, squared_norms, dimensions, precision, largest }
+        let sizes = points.chunks_exact(dimensions).map(|point| Size::of(point, precision)).collect();
+        (Rounded::Floats(blocks.collect(), precision), sizes)
     }
 
     /// Number of centroids.
     pub fn count(&self) -> usize {
-        self.squared_norms.len()
+        self.sizes.len()
     }
 
     /// The numbers, `(centroids, dimensions)`.
@@ -107,11 +187,13 @@ impl Centroids {
         assert!(vectors.len().is_multiple_of(self.dimensions), "vectors have a wrong shape");
         let mut found = vec![Nearest { index: 0, squared_distance: f32::INFINITY }; vectors.len() / self.dimensions];
         found.par_chunks_mut(ROWS).zip(vectors.par_chunks(ROWS * self.dimensions)).for_each_init(
-            || (vec![0.0; ROWS * COLUMNS], vec![Vec::new(); ROWS]),
-            |(scores, candidates), (found, vectors)| {
-                self.find_candidates(vectors, scores, &mut candidates[..found.len()]);
-                let rows = found.iter_mut().zip(vectors.chunks_exact(self.dimensions)).zip(candidates);
-                rows.for_each(|((found, vector), candidates)| *found = self.nearest_of(vector, candidates));
+            || (Scratch::default(), vec![Vec::new(); ROWS]),
+            |(scratch, candidates), (found, vectors)| {
+                let sizes = self.find_candidates(vectors, scratch, &mut candidates[..found.len()]);
+                let rows = vectors.chunks_exact(self.dimensions).zip(sizes).zip(candidates);
+                found.iter_mut().zip(rows).for_each(|(found, ((vector, size), candidates))| {
+                    *found = self.nearest_of(vector, size, candidates);
+                });
             },
         );
         found
@@ -122,77 +204,110 @@ impl Centroids {
     pub fn closer(&self, vectors: &[f32], limits: &[f32]) -> Vec<Vec<Nearest>> {
         assert!(vectors.len().is_multiple_of(self.dimensions) && limits.len() == self.count(), "a wrong shape");
         let rows = vectors.len() / self.dimensions;
-        let of_block = |(block, panels): (usize, &Panels)| {
-            let first = block * COLUMNS;
-            let norms = self.squared_norms[first..].iter().zip(&limits[first..]).take(COLUMNS);
-            let norms: Vec<f32> = norms.map(|(norm, limit)| norm - limit).collect();
-            let mut scores = vec![0.0; rows * norms.len()];
-            let left = Matrix::new(vectors, rows, self.dimensions);
-            panels.multiply(MatrixMut::new(&mut scores, rows, norms.len()), Target::Overwrite, left);
-            let mut candidates = Vec::new();
-            let closer =
-                vectors.chunks_exact(self.dimensions).zip(scores.chunks_exact_mut(norms.len())).map(|(vector, scores)| {
-                    score(scores, &norms);
-                    candidates.clear();
-                    collect_up_to(scores, self.reach(vector), first as u32, &mut candidates);
-                    let found = candidates.iter().map(|candidate| {
-                        let point = &self.points[candidate.index as usize * self.dimensions..][..self.dimensions];
-                        Nearest { index: candidate.index, squared_distance: squared_distance(point, vector) }
-                    });
-                    found.filter(|found| found.squared_distance < limits[found.index as usize]).collect::<Vec<_>>()
+        let mut packed = bytes::Rows::default();
+        let sizes = self.round(vectors, &mut packed);
+        let reach: Vec<f32> = sizes.into_iter().map(|size| self.reach(size)).collect();
+        let of_block = |first: usize| {
+            let norms = &self.squared_norms[first..(first + COLUMNS).min(self.squared_norms.len())];
+            let limits = &limits[first..(first + COLUMNS).min(self.count())];
+            let mut shifted = norms.to_vec();
+            shifted.iter_mut().zip(limits).for_each(|(norm, limit)| *norm -= limit);
+            let (mut reach, mut candidates) = (reach.clone(), vec![Vec::new(); rows]);
+            let within = vec![f32::INFINITY; rows];
+            let mut found = Found { limits: &mut reach, within: &within, candidates: &mut candidates };
+            self.score(vectors, &packed, first, &shifted, &mut Vec::new(), &mut found);
+            let closer = vectors.chunks_exact(self.dimensions).zip(candidates).map(|(vector, candidates)| {
+                let found = candidates.into_iter().map(|candidate| {
+                    let point = &self.points[candidate.index as usize * self.dimensions..][..self.dimensions];
+                    Nearest { index: candidate.index, squared_distance: squared_distance(point, vector) }
                 });
+                found.filter(|found| found.squared_distance < limits[found.index as usize - first]).collect::<Vec<_>>()
+            });
             closer.collect::<Vec<_>>()
         };
-        let blocks: Vec<_> = self.blocks.par_iter().enumerate().map(of_block).collect();
+        let blocks = (0..self.count().div_ceil(COLUMNS)).into_par_iter().map(|block| of_block(block * COLUMNS));
+        let blocks: Vec<_> = blocks.collect();
         (0..rows).map(|row| blocks.iter().flat_map(|found| &found[row]).copied().collect()).collect()
     }
 
-    /// The highest score, less the limit, of a point that can be closer than its limit.
-    fn reach(&self, vector: &[f32]) -> f32 {
-        let size = Size::of(vector, self.precision);
-        let lengths = size.norm + self.largest.norm;
-        // As in `doubt`, and for the distance that is compared with the limit in the end, which is a sum in f32 too.
-        let summing = (3 * self.dimensions + 8) as f32 * f32::EPSILON * lengths * lengths;
-        2.0 * self.rounding(size) + summing - squared_norm(vector)
+    /// Rounds `vectors` to what centroids are rounded to; bytes go to `packed`, and products of others round by themselves.
+    fn round(&self, vectors: &[f32], packed: &mut bytes::Rows) -> Vec<Size> {
+        match &self.rounded {
+            Rounded::Floats(_, precision) => {
+                vectors.chunks_exact(self.dimensions).map(|vector| Size::of(vector, *precision)).collect()
+            }
+            Rounded::Bytes(_) => packed.pack(vectors, self.dimensions),
+        }
     }
 
-    /// Leaves, for each of the `vectors` of one block, the centroids that can be the nearest, in their order.
-    fn find_candidates(&self, vectors: &[f32], scores: &mut [f32], candidates: &mut [Vec<Candidate>]) {
-        let rows = candidates.len();
-        let within: Vec<f32> = vectors.chunks_exact(self.dimensions).map(|vector| self.doubt(vector)).collect();
-        let mut lowest = vec![f32::INFINITY; rows];
+    /// Offers to `found` the scores `norm - 2 x.c` of one block of centroids, from `first` on.
+    fn score(
+        &self,
+        vectors: &[f32],
+        packed: &bytes::Rows,
+        first: usize,
+        norms: &[f32],
+        scores: &mut Vec<f32>,
+        found: &mut Found<'_>,
+    ) {
+        let blocks = match &self.rounded {
+            Rounded::Bytes(panels) => return panels.score(packed, first, norms, found),
+            Rounded::Floats(blocks, _) => blocks,
+        };
+        let rows = vectors.len() / self.dimensions;
+        let norms = &norms[..norms.len().min(self.count() - first)];
+        scores.resize(rows * norms.len(), 0.0);
+        let products = MatrixMut::new(scores, rows, norms.len());
+        blocks[first / COLUMNS].multiply(products, Target::Overwrite, Matrix::new(vectors, rows, self.dimensions));
+        for (row, scores) in scores.chunks_exact_mut(norms.len()).enumerate() {
+            let limit = found.limit(row, to_scores(scores, norms));
+            collect_up_to(scores, limit, first as u32, &mut found.candidates[row]);
+        }
+    }
+
+    /// The highest score, less the limit, of a point that can be closer than its limit.
+    fn reach(&self, size: Size) -> f32 {
+        let lengths = size.norm() + self.largest.norm();
+        // As in `bound`, and for the distance that is compared with the limit in the end, which is a sum in f32 too.
+        let summing = (3 * self.dimensions + 8) as f32 * f32::EPSILON * lengths * lengths;
+        2.0 * rounding(size, self.largest) + summing - size.squared_norm
+    }
+
+    /// Leaves, for each of the `vectors` of one block, the centroids that can be the nearest, in their order; returns the sizes of
+    /// the vectors.
+    fn find_candidates(&self, vectors: &[f32], scratch: &mut Scratch, candidates: &mut [Vec<Candidate>]) -> Vec<Size> {
+        let sizes = self.round(vectors, &mut scratch.rows);
+        // The nearest centroid's score is at most so far above the lowest one.
+        let within: Vec<f32> = sizes.iter().map(|size| 2.0 * self.bound(*size, self.largest)).collect();
+        let mut limits = vec![f32::INFINITY; candidates.len()];
         candidates.iter_mut().for_each(Vec::clear);
-        for (block, panels) in self.blocks.iter().enumerate() {
-            let first = block * COLUMNS;
-            let norms = &self.squared_norms[first..(first + COLUMNS).min(self.count())];
-            let scores = &mut scores[..rows * norms.len()];
-            let vectors = Matrix::new(vectors, rows, self.dimensions);
-            panels.multiply(MatrixMut::new(scores, rows, norms.len()), Target::Overwrite, vectors);
-            for (row, scores) in scores.chunks_exact_mut(norms.len()).enumerate() {
-                lowest[row] = score(scores, norms).min(lowest[row]);
-                collect_up_to(scores, lowest[row] + within[row], first as u32, &mut candidates[row]);
+        let mut found = Found { limits: &mut limits, within: &within, candidates };
+        for first in (0..self.count()).step_by(COLUMNS) {
+            let norms = &self.squared_norms[first..(first + COLUMNS).min(self.squared_norms.len())];
+            self.score(vectors, &scratch.rows, first, norms, &mut scratch.scores, &mut found);
+        }
+        for (row, size) in sizes.iter().enumerate() {
+            let candidates = &mut found.candidates[row];
+            candidates.retain(|candidate| candidate.score <= found.limits[row]);
+            if candidates.len() > 1 {
+                // Each by its own bound now.
+                let bound = |candidate: &Candidate| self.bound(*size, self.sizes[candidate.index as usize]);
+                let limit = candidates.iter().map(|c| c.score + bound(c)).fold(f32::INFINITY, f32::min);
+                candidates.retain(|candidate| candidate.score - bound(candidate) <= limit);
             }
         }
-        for ((candidates, lowest), within) in candidates.iter_mut().zip(lowest).zip(within) {
-            candidates.retain(|candidate| candidate.score <= lowest + within);
-        }
+        sizes
     }
 
-    /// How far the score of the nearest centroid can be above the lowest score: twice the bound of one score.
-    fn doubt(&self, vector: &[f32]) -> f32 {
-        let size = Size::of(vector, self.precision);
+    /// How far the score of a centroid can be from the exact one.
+    fn bound(&self, vector: Size, centroid: Size) -> f32 {
         // A sum of n numbers in f32, in whatever order, is off by at most n roundings of the sum of their magnitudes.
-        let summing = (self.dimensions + 4) as f32 * f32::EPSILON * (size.norm + self.largest.norm) * self.largest.norm;
-        4.0 * (self.rounding(size) + summing)
-    }
-
-    /// The most that rounding takes from the product of a vector and a centroid.
-    fn rounding(&self, vector: Size) -> f32 {
-        vector.residual * self.largest.norm + (vector.norm + vector.residual) * self.largest.residual
+        let lengths = (vector.norm() + centroid.norm()) * centroid.norm();
+        2.0 * (rounding(vector, centroid) + (self.dimensions + 4) as f32 * f32::EPSILON * lengths)
     }
 
     /// The candidate at the lowest distance, the first one of several.
-    fn nearest_of(&self, vector: &[f32], candidates: &[Candidate]) -> Nearest {
+    fn nearest_of(&self, vector: &[f32], size: Size, candidates: &[Candidate]) -> Nearest {
         let mut best = Nearest { index: 0, squared_distance: f32::INFINITY };
         for candidate in candidates {
             let at = candidate.index as usize;
@@ -202,14 +317,19 @@ impl Centroids {
                 best = Nearest { index: candidate.index, squared_distance };
             }
         }
-        best.squared_distance = (best.squared_distance + squared_norm(vector)).max(0.0);
+        best.squared_distance = (best.squared_distance + size.squared_norm).max(0.0);
         best
     }
 }
 
+/// The most that rounding takes from the product of two vectors. [Cauchy-Schwarz]
+fn rounding(a: Size, b: Size) -> f32 {
+    a.residual * b.norm() + (a.norm() + a.residual) * b.residual
+}
+
 vectorized! {
     /// Turns products into scores, `norm - 2 product`, and returns the lowest.
-    fn score(products: &mut [f32], norms: &[f32]) -> f32 {
+    fn to_scores(products: &mut [f32], norms: &[f32]) -> f32 {
         let mut lowest = [f32::INFINITY; LANES];
         let (mut lanes, norm_lanes) = (products.chunks_exact_mut(LANES), norms.chunks_exact(LANES));
         let norms_left = norm_lanes.remainder();
@@ -292,14 +412,18 @@ mod tests {
     use super::*;
     use crate::probe::numbers;
 
-    const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
+    /// The first looks that this processor has.
+    fn looks() -> Vec<FirstLook> {
+        let all = [FirstLook::F32, FirstLook::Bf16, FirstLook::Int8];
+        all.into_iter().filter(|look| *look != FirstLook::Int8 || Isa::current() >= Isa::Avx512Vnni).collect()
+    }
 
     #[test]
     fn nearest_equals_the_naive_search_at_odd_sizes() {
         for (rows, count, dimensions) in [(1, 1, 1), (3, 2, 5), (130, 513, 33), (257, 1030, 64), (0, 4, 8)] {
             let (vectors, points) = (numbers(rows * dimensions, 1), numbers(count * dimensions, 99));
-            for precision in BOTH {
-                let found = Centroids::in_precision(precision, points.clone(), dimensions).nearest(&vectors);
+            for look in looks() {
+                let found = Centroids::with_first_look(look, points.clone(), dimensions).nearest(&vectors);
                 assert_eq!(found.len(), rows);
                 for (found, vector) in found.iter().zip(vectors.chunks_exact(dimensions)) {
                     let distances: Vec<f32> = points.chunks_exact(dimensions).map(|p| squared_distance(vector, p)).collect();
@@ -325,8 +449,8 @@ mod tests {
                 let limits: Vec<f32> = (0..count).map(limit).collect();
                 let of = |i: usize| Nearest { index: i as u32, squared_distance: distance(i) };
                 let wanted: Vec<Nearest> = (0..count).filter(|i| i % 3 > 0).map(of).collect();
-                for precision in BOTH {
-                    let centroids = Centroids::in_precision(precision, points.clone(), dimensions);
+                for look in looks() {
+                    let centroids = Centroids::with_first_look(look, points.clone(), dimensions);
                     assert_eq!(
                         centroids.closer(&[vector.clone(), vector.clone()].concat(), &limits),
                         [wanted.clone(), wanted.clone()]
@@ -338,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bits_do_not_depend_on_the_precision() {
+    fn the_bits_do_not_depend_on_the_first_look() {
         // Centroids that differ by less than a `bf16` can tell, some of them large, and rows at many scales.
         let (dimensions, count) = (40, 600);
         let base = numbers(dimensions, 3);
@@ -352,9 +476,10 @@ mod tests {
             .enumerate()
             .map(|(i, x)| (base[i % dimensions] + 1e-3 * x) * [1.0, 0.0, 40.0, 1e-6][i / dimensions % 4])
             .collect();
-        let [f32_found, bf16_found] =
-            BOTH.map(|precision| Centroids::in_precision(precision, points.clone(), dimensions).nearest(&vectors));
-        assert_eq!(f32_found, bf16_found);
+        let found = |look| Centroids::with_first_look(look, points.clone(), dimensions).nearest(&vectors);
+        for look in looks() {
+            assert!(found(look) == found(FirstLook::F32), "{look:?}");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use crate::panels::Precision;
 
 /// The levels that products in `precision` are tested on: the processor's, and tiles of AMX, emulated where it has none.
 pub(crate) fn levels(precision: Precision) -> Vec<Isa> {
-    let all = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
+    let all = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Bf16, Isa::Amx];
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     crate::amx::emulator::install();
     let emulated =

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use trommel_core::progress::{Interrupt, Silent};
 use trommel_core::seed::Stream;
 use trommel_embed::load::load;
-use trommel_kernels::nearest::Centroids;
+use trommel_kernels::nearest::{Centroids, FirstLook};
 use trommel_kernels::panels::Precision;
 use trommel_pipeline::cluster::kmeans::{self, Settings};
 use trommel_pipeline::engine::{Engine, register_batches};
@@ -50,9 +50,9 @@ fn main() -> anyhow::Result<()> {
             threads(count)?;
             embed(model, texts, out, precision)
         }
-        ["nearest", vectors, points, dimensions, out, count, precision] => {
+        ["nearest", vectors, points, dimensions, out, count, look] => {
             threads(count)?;
-            nearest(vectors, points, dimensions.parse()?, out, precision)
+            nearest(vectors, points, dimensions.parse()?, out, look)
         }
         ["kmeans", vectors, start, dimensions, iterations, out, count] => {
             threads(count)?;
@@ -85,9 +85,15 @@ fn embed(model: &str, texts: &str, out: &str, precision: &str) -> anyhow::Result
     })
 }
 
-fn nearest(vectors: &str, points: &str, dimensions: usize, out: &str, precision: &str) -> anyhow::Result<()> {
+fn nearest(vectors: &str, points: &str, dimensions: usize, out: &str, look: &str) -> anyhow::Result<()> {
     let (vectors, points) = (read(vectors)?, read(points)?);
-    let centroids = Centroids::in_precision(parse(precision)?, points, dimensions);
+    let look = match look {
+        "f32" => FirstLook::F32,
+        "bf16" => FirstLook::Bf16,
+        "fastest" => FirstLook::fastest(dimensions),
+        other => bail!("`{other}` is none of `f32`, `bf16` and `fastest`"),
+    };
+    let centroids = Centroids::with_first_look(look, points, dimensions);
     serve(|| {
         let start = Instant::now();
         let found = centroids.nearest(&vectors);
