@@ -233,6 +233,7 @@ impl ParquetSink {
         for path in vectors(schema).map(|(field, item, _)| ColumnPath::from(vec![field.into(), "list".into(), item.into()])) {
             properties = properties
                 .set_column_dictionary_enabled(path.clone(), false)
+                .set_column_compression(path.clone(), Compression::UNCOMPRESSED)
                 .set_column_statistics_enabled(path, EnabledStatistics::None);
         }
         let writer = ArrowWriter::try_new(BufWriter::new(file.handle()?), Arc::clone(schema), Some(properties.build()));

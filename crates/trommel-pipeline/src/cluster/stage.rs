@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, FixedSizeListArray, Float32Array, RecordBatch, UInt32Array};
 use arrow::datatypes::{DataType, Field, Float32Type, Schema, SchemaRef, UInt32Type, UInt64Type};
+use rayon::prelude::*;
 use trommel_core::error::{Error, Result};
 use trommel_spec::pipeline::Pipeline;
 
@@ -44,19 +45,47 @@ fn sample(engine: &Engine, outputs: &Outputs, spec: &Pipeline, windows: u64) -> 
     let share = (limit as f64 * 1.1 + 1000.0) / windows.max(1) as f64;
     let highest = if share < 1.0 { (share * u64::MAX as f64) as u64 } else { u64::MAX };
     let sql = include_str!("../sql/cluster_sample.sql").replace("{highest}", &highest.to_string());
-    let (mut rows, mut dimensions) = (Vec::new(), 1);
+    // One memory for all vectors: a sample is as large as anything that a run holds.
+    let (mut priorities, mut vectors, mut dimensions) = (Vec::<u64>::new(), Vec::new(), 1);
     for batch in engine.stream(engine.query(&session, &sql)?)? {
         let batch = batch?;
-        let vectors = numbers(batch.column(1))?;
-        dimensions = vectors.len().checked_div(batch.num_rows()).unwrap_or(dimensions);
-        let priorities = batch.column(0).as_primitive::<UInt64Type>();
-        rows.extend(priorities.values().iter().copied().zip(vectors.chunks_exact(dimensions).map(<[f32]>::to_vec)));
+        let numbers = numbers(batch.column(1))?;
+        if vectors.is_empty() && batch.num_rows() > 0 {
+            dimensions = numbers.len() / batch.num_rows();
+            vectors.reserve_exact(windows.min((limit as f64 * 1.2) as u64 + 2000) as usize * dimensions);
+        }
+        vectors.extend(numbers);
+        priorities.extend(batch.column(0).as_primitive::<UInt64Type>().values());
     }
+    let row = |i: u32| &vectors[i as usize * dimensions..][..dimensions];
+    let mut order: Vec<u32> = (0..priorities.len() as u32).collect();
     // The vector settles a tie, so that the order of the files does not.
-    let bits = |vector: &[f32]| vector.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-    rows.sort_unstable_by(|a, b| a.0.cmp(&b.0).then_with(|| bits(&a.1).cmp(&bits(&b.1))));
-    rows.truncate(limit as usize);
-    Ok((rows.into_iter().flat_map(|(_, vector)| vector).collect(), dimensions))
+    let bits = |i: u32| row(i).iter().map(|x| x.to_bits());
+    order.par_sort_unstable_by(|&a, &b| priorities[a as usize].cmp(&priorities[b as usize]).then_with(|| bits(a).cmp(bits(b))));
+    permute(&mut vectors, dimensions, &mut order);
+    vectors.truncate(limit as usize * dimensions);
+    Ok((vectors, dimensions))
+}
+
+/// Moves row `order[i]` to row `i`, for each of them, in place; `order` is used up.
+fn permute(rows: &mut [f32], len: usize, order: &mut [u32]) {
+    let mut first = vec![0.0; len];
+    for start in 0..order.len() {
+        if order[start] as usize == start {
+            continue;
+        }
+        // Around a cycle of rows, each of which takes the place of the one before.
+        first.copy_from_slice(&rows[start * len..][..len]);
+        let mut to = start;
+        while order[to] as usize != start {
+            let from = order[to] as usize;
+            rows.copy_within(from * len..(from + 1) * len, to * len);
+            order[to] = to as u32;
+            to = from;
+        }
+        rows[to * len..][..len].copy_from_slice(&first);
+        order[to] = to as u32;
+    }
 }
 
 fn schema(dimensions: usize) -> SchemaRef {
@@ -109,4 +138,19 @@ pub fn read(engine: &Engine, outputs: &Outputs) -> Result<Tree> {
         let error = Error::data("the clusters do not form a tree").file(outputs.clusters.display());
         error.hint("remove this file and run the same command again")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_change_places_along_every_cycle() {
+        for order in [vec![], vec![0], vec![1, 0], vec![2, 0, 1, 3], vec![4, 1, 0, 5, 2, 3]] {
+            let mut rows: Vec<f32> = (0..order.len()).flat_map(|i| [i as f32, -(i as f32)]).collect();
+            let wanted: Vec<f32> = order.iter().flat_map(|&i| [i as f32, -(i as f32)]).collect();
+            permute(&mut rows, 2, &mut order.clone());
+            assert_eq!(rows, wanted);
+        }
+    }
 }
