@@ -184,3 +184,19 @@ fn plans_that_contradict_themselves_are_refused_with_their_places() {
         assert!(refused.code == 2 && refused.stderr.contains(message), "{settings:?}: {}", refused.stderr);
     }
 }
+
+#[test]
+fn each_way_of_sharding_has_its_own_diagnostics() {
+    let bench = Bench::new();
+    let diagnostics = |more: &[&str]| {
+        assert_eq!(bench.call(&[&["run", "p.yaml", "--until", "resample"], more].concat()).code, 0);
+        bench.query("SELECT * FROM diagnostics ORDER BY domain")
+    };
+    let by_domain = diagnostics(&[]);
+    let by_cluster = diagnostics(&["--set", "shard.by=cluster"]);
+    assert_ne!(by_domain, by_cluster);
+    assert_eq!(diagnostics(&[]), by_domain);
+    for row in by_domain.iter().chain(&by_cluster) {
+        assert!(row["kl_after"].as_f64().unwrap() >= 0.0, "{row}");
+    }
+}

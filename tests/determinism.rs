@@ -95,7 +95,7 @@ fn hierarchical_clusters_and_options_are_deterministic_too() {
     let bench = Bench::new();
     let options = [
         "--set",
-        "cluster.k=",
+        "cluster.k=null",
         "--set",
         "cluster={levels: [3, 3]}",
         "--set",

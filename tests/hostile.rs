@@ -81,14 +81,45 @@ fn an_empty_corpus_and_an_empty_domain() {
         bench.write_texts("music/test.parquet", &[]);
         set(&["domains.music.test=music/test.parquet"])
     });
-    refuses(1, &["the domain `music` holds no text"], |bench| {
+    refuses(1, &["`domains.music.train` holds no documents"], |bench| {
         bench.write("music/train.jsonl", "\n\n");
+        vec![]
+    });
+    refuses(1, &["`domains.music.test`", "holds no text"], |bench| {
+        bench.write("music/test.jsonl", "{\"text\": 5}\n{\"text\": null}\n");
+        vec![]
+    });
+    refuses(
+        1,
+        &["music/test.jsonl", "3 of 4 rows of `domains.music.test` cannot be used", "row 1: line 2: not a JSON"],
+        |bench| {
+            bench.write("music/test.jsonl", "{\"text\": \"a\"}\nb\nc\nd\n");
+            vec![]
+        },
+    );
+    refuses(1, &["corpus/all.jsonl.gz:1:1: the file is damaged: invalid gzip header"], |bench| {
+        std::fs::rename(bench.path("corpus/all.jsonl"), bench.path("corpus/all.jsonl.gz")).unwrap();
         vec![]
     });
     refuses(2, &["p.yaml:3:18", "`corpus` holds no readable file"], |bench| {
         std::fs::remove_file(bench.path("corpus/all.jsonl")).unwrap();
         vec![]
     });
+}
+
+#[test]
+fn rows_of_another_kind_may_come_first_and_a_pipe_is_no_file() {
+    let bench = Bench::new();
+    let more = "{\"meta\": 1}\n".repeat(4);
+    let lines = more.clone() + &std::fs::read_to_string(bench.path("corpus/all.jsonl")).unwrap();
+    bench.write("corpus/all.jsonl", lines);
+    bench.write("corpus/meta.jsonl", more.repeat(30));
+    let called = bench.call(&["run", "p.yaml", "--until", "windows", "--set", "corpus.max_reject_share=0.5"]);
+    assert_eq!(called.code, 0, "{}", called.stderr);
+    let made = std::process::Command::new("mkfifo").arg(bench.path("corpus/pipe.jsonl")).status();
+    assert!(made.is_ok_and(|status| status.success()));
+    let called = bench.call(&["check", "p.yaml"]);
+    assert!(called.code == 2 && called.stderr.contains("pipe.jsonl` is not a file"), "{}", called.stderr);
 }
 
 #[test]

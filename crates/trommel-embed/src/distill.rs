@@ -54,8 +54,8 @@ pub struct Distilled {
     pub bytes: u64,
 }
 
-/// Writes to `output`, where nothing may be yet, a folder that [`crate::load::load`] reads as a static table, made from the sentence encoder in
-/// `encoder`. Equal inputs give equal bytes.
+/// Writes to `output`, where nothing may be yet, a folder that [`crate::load::load`] reads as a static table, made from the sentence
+/// encoder in `encoder`. Equal inputs give equal bytes.
 pub fn distill(encoder: &Path, output: &Path, dimensions: usize, progress: &dyn Progress) -> Result<Distilled> {
     refuse_existing(output)?;
     let model = SentenceEncoder::read(encoder, Precision::F32)?;

@@ -18,7 +18,6 @@ use ndarray::{Array1, Array2, ArrayViewMut1, Axis, s};
 use rayon::prelude::*;
 use trommel_core::error::{Error, Result};
 use trommel_core::seed::Stream;
-use trommel_core::storage::refuse_existing;
 
 use crate::model_folder::parse_tokenizer;
 use crate::static_table::{Counts, EMBEDDED_TOKENIZER, distinct, table_bytes, write_table};
@@ -46,11 +45,11 @@ pub struct Fitted {
     pub bytes: u64,
 }
 
-/// Writes to `output`, where nothing may be yet, a folder that [`crate::load::load`] reads as a static table, learnt from `windows`, of `dimensions` or as many
-/// as they fill: no more than windows, and than different tokens in them. It has the tokens of the table that the binary carries.
+/// Writes to `output`, where nothing may be yet, a folder that [`crate::load::load`] reads as a static table, learnt from `windows`,
+/// of `dimensions` or as many as they fill: no more than windows, and than different tokens in them. It has the tokens of the table
+/// that the binary carries.
 /// Equal inputs on equal processors give equal bytes.
 pub fn fit(windows: &[String], output: &Path, dimensions: usize, seed: u64) -> Result<Fitted> {
-    refuse_existing(output)?;
     let tokens = TextTokens::of(parse_tokenizer(EMBEDDED_TOKENIZER)?);
     let matrix = Matrix::count(windows, &tokens)?;
     let known = matrix.idf.iter().filter(|idf| **idf > 0.0).count();

@@ -24,7 +24,7 @@ mod bytes;
 
 /// Rows of a block.
 const ROWS: usize = 128;
-/// Centroids of a block: 128 x 512 scores are 256 KB, which stay in the second-level cache.
+/// Centroids of a block. In floats, 128 x 512 scores are 256 KB, which stay in the second-level cache.
 const COLUMNS: usize = 512;
 
 /// The numbers of the first look: they decide the time, and not the answers.
@@ -55,7 +55,6 @@ impl FirstLook {
 #[derive(Debug)]
 pub struct Centroids {
     points: Vec<f32>,
-    /// Filled up to whole panels of bytes with infinity.
     squared_norms: Vec<f32>,
     dimensions: usize,
     rounded: Rounded,
@@ -72,27 +71,54 @@ enum Rounded {
     Bytes(bytes::Panels),
 }
 
-/// Squared length of a vector, and the length of what rounding takes from it.
+/// Length of a vector, and of what rounding takes from it.
 #[derive(Debug, Clone, Copy, Default)]
 struct Size {
     squared_norm: f32,
+    norm: f32,
     residual: f32,
+}
+
+impl Size {
+    fn new(dimensions: usize, squared_norm: f32, squared_residual: f32) -> Size {
+        // A square may be less than a normal number by as much as that, and lengths are not to be underestimated.
+        let lost = dimensions as f32 * f32::MIN_POSITIVE;
+        Size { squared_norm, norm: (squared_norm + lost).sqrt(), residual: (squared_residual + lost).sqrt() }
+    }
+
+    fn of(vector: &[f32], precision: Precision) -> Size {
+        let squared_norm = squared_norm(vector);
+        match precision {
+            Precision::F32 => Size { residual: 0.0, ..Size::new(vector.len(), squared_norm, 0.0) },
+            Precision::Bf16 => Size::new(vector.len(), squared_norm, squared_residual(vector)),
+        }
+    }
+
+    fn largest(sizes: &[Size]) -> Size {
+        sizes.iter().fold(Size::default(), |largest, size| Size {
+            squared_norm: largest.squared_norm.max(size.squared_norm),
+            norm: largest.norm.max(size.norm),
+            residual: largest.residual.max(size.residual),
+        })
+    }
 }
 
 /// What was found of some rows.
 struct Found<'a> {
     /// The highest score of a candidate, for each row.
     limits: &'a mut [f32],
-    /// How far a candidate may be above the lowest score of its row; infinite where the limit is a given one.
-    within: &'a [f32],
+    /// How far a candidate may be above the lowest score of its row, which lowers the limit.
+    within: Option<&'a [f32]>,
     candidates: &'a mut [Vec<Candidate>],
 }
 
 impl Found<'_> {
-    /// The limit of a row, now that one of its scores is `lowest`.
-    fn limit(&mut self, row: usize, lowest: f32) -> f32 {
+    /// Lowers the limit of a row, one of whose scores is `lowest`, and returns it.
+    fn lower_limit(&mut self, row: usize, lowest: f32) -> f32 {
         let limit = &mut self.limits[row];
-        *limit = limit.min(lowest + self.within[row]);
+        if let Some(within) = self.within {
+            *limit = limit.min(lowest + within[row]);
+        }
         *limit
     }
 }
@@ -102,17 +128,6 @@ impl Found<'_> {
 struct Scratch {
     scores: Vec<f32>,
     rows: bytes::Rows,
-}
-
-impl Size {
-    fn of(vector: &[f32], precision: Precision) -> Size {
-        let residual = if precision == Precision::Bf16 { squared_residual(vector).sqrt() } else { 0.0 };
-        Size { squared_norm: squared_norm(vector), residual }
-    }
-
-    fn norm(self) -> f32 {
-        self.squared_norm.sqrt()
-    }
 }
 
 /// A centroid that may be the nearest.
@@ -132,10 +147,34 @@ pub struct Nearest {
 }
 
 impl Centroids {
-    /// `points` is `(centroids, dimensions)`, with at least one centroid, all finite. Vectors far below 1e-15 are told apart
-    /// only as far as their squares are normal numbers.
+    /// `points` is `(centroids, dimensions)`, with at least one centroid, and of finite squared lengths. Vectors far below 1e-15 are
+    /// told apart only as far as their squares are normal numbers.
     pub fn new(points: Vec<f32>, dimensions: usize) -> Self {
-        Self::with_first_look(FirstLook::fastest(dimensions), points, dimensions)
+        let found = Self::with_first_look(FirstLook::fastest(dimensions), points, dimensions);
+        if !found.leaves_many() {
+            return found;
+        }
+        match found.rounded {
+            Rounded::Bytes(_) if Isa::current() >= Isa::Avx512Bf16 => {
+                let found = Self::with_first_look(FirstLook::Bf16, found.points, dimensions);
+                if found.leaves_many() { Self::with_first_look(FirstLook::F32, found.points, dimensions) } else { found }
+            }
+            _ => Self::with_first_look(FirstLook::F32, found.points, dimensions),
+        }
+    }
+
+    /// Whether the first look has too few bits for these centroids, so that many would stay candidates: it takes as much from a
+    /// product as they differ by, or one long centroid widens the doubt about all.
+    fn leaves_many(&self) -> bool {
+        let mean = |part: fn(&Size) -> f32| self.sizes.iter().map(part).sum::<f32>() / self.count() as f32;
+        let norm = mean(|size| size.norm);
+        let mut middle = vec![0.0; self.dimensions];
+        for point in self.points.chunks_exact(self.dimensions) {
+            middle.iter_mut().zip(point).for_each(|(sum, x)| *sum += x / self.count() as f32);
+        }
+        let variance = mean(|size| size.squared_norm) - squared_norm(&middle);
+        let residual = mean(|size| size.residual);
+        residual > 0.0 && (residual * norm > 0.03 * variance || self.largest.norm > 16.0 * norm)
     }
 
     /// [`Centroids::new`] with another first look, one that the processor has.
@@ -148,17 +187,12 @@ impl Centroids {
             FirstLook::F32 => Self::in_floats(Precision::F32, &points, dimensions),
             FirstLook::Bf16 => Self::in_floats(Precision::Bf16, &points, dimensions),
             FirstLook::Int8 => {
-                assert!(Isa::current() >= Isa::Avx512Vnni && dimensions <= bytes::DIMENSIONS_MAX, "no products of bytes");
                 let (panels, sizes) = bytes::Panels::new(&points, dimensions);
                 (Rounded::Bytes(panels), sizes)
             }
         };
-        let largest = sizes.iter().fold(Size::default(), |largest, size| Size {
-            squared_norm: largest.squared_norm.max(size.squared_norm),
-            residual: largest.residual.max(size.residual),
-        });
-        let mut squared_norms: Vec<f32> = sizes.iter().map(|size| size.squared_norm).collect();
-        squared_norms.resize(sizes.len().next_multiple_of(bytes::PANEL), f32::INFINITY);
+        let squared_norms = sizes.iter().map(|size| size.squared_norm).collect();
+        let largest = Size::largest(&sizes);
         Centroids { points, squared_norms, dimensions, rounded, sizes, largest }
     }
 
@@ -205,16 +239,13 @@ impl Centroids {
         assert!(vectors.len().is_multiple_of(self.dimensions) && limits.len() == self.count(), "a wrong shape");
         let rows = vectors.len() / self.dimensions;
         let mut packed = bytes::Rows::default();
-        let sizes = self.round(vectors, &mut packed);
+        let sizes = self.sizes(vectors, &mut packed);
         let reach: Vec<f32> = sizes.into_iter().map(|size| self.reach(size)).collect();
         let of_block = |first: usize| {
-            let norms = &self.squared_norms[first..(first + COLUMNS).min(self.squared_norms.len())];
             let limits = &limits[first..(first + COLUMNS).min(self.count())];
-            let mut shifted = norms.to_vec();
-            shifted.iter_mut().zip(limits).for_each(|(norm, limit)| *norm -= limit);
+            let shifted: Vec<f32> = self.squared_norms[first..].iter().zip(limits).map(|(norm, limit)| norm - limit).collect();
             let (mut reach, mut candidates) = (reach.clone(), vec![Vec::new(); rows]);
-            let within = vec![f32::INFINITY; rows];
-            let mut found = Found { limits: &mut reach, within: &within, candidates: &mut candidates };
+            let mut found = Found { limits: &mut reach, within: None, candidates: &mut candidates };
             self.score(vectors, &packed, first, &shifted, &mut Vec::new(), &mut found);
             let closer = vectors.chunks_exact(self.dimensions).zip(candidates).map(|(vector, candidates)| {
                 let found = candidates.into_iter().map(|candidate| {
@@ -230,8 +261,8 @@ impl Centroids {
         (0..rows).map(|row| blocks.iter().flat_map(|found| &found[row]).copied().collect()).collect()
     }
 
-    /// Rounds `vectors` to what centroids are rounded to; bytes go to `packed`, and products of others round by themselves.
-    fn round(&self, vectors: &[f32], packed: &mut bytes::Rows) -> Vec<Size> {
+    /// The sizes of `vectors`, rounded as centroids are. Bytes go to `packed`; products of others round by themselves.
+    fn sizes(&self, vectors: &[f32], packed: &mut bytes::Rows) -> Vec<Size> {
         match &self.rounded {
             Rounded::Floats(_, precision) => {
                 vectors.chunks_exact(self.dimensions).map(|vector| Size::of(vector, *precision)).collect()
@@ -255,19 +286,18 @@ impl Centroids {
             Rounded::Floats(blocks, _) => blocks,
         };
         let rows = vectors.len() / self.dimensions;
-        let norms = &norms[..norms.len().min(self.count() - first)];
         scores.resize(rows * norms.len(), 0.0);
         let products = MatrixMut::new(scores, rows, norms.len());
         blocks[first / COLUMNS].multiply(products, Target::Overwrite, Matrix::new(vectors, rows, self.dimensions));
         for (row, scores) in scores.chunks_exact_mut(norms.len()).enumerate() {
-            let limit = found.limit(row, to_scores(scores, norms));
+            let limit = found.lower_limit(row, to_scores(scores, norms));
             collect_up_to(scores, limit, first as u32, &mut found.candidates[row]);
         }
     }
 
     /// The highest score, less the limit, of a point that can be closer than its limit.
     fn reach(&self, size: Size) -> f32 {
-        let lengths = size.norm() + self.largest.norm();
+        let lengths = size.norm + self.largest.norm;
         // As in `bound`, and for the distance that is compared with the limit in the end, which is a sum in f32 too.
         let summing = (3 * self.dimensions + 8) as f32 * f32::EPSILON * lengths * lengths;
         2.0 * rounding(size, self.largest) + summing - size.squared_norm
@@ -276,14 +306,14 @@ impl Centroids {
     /// Leaves, for each of the `vectors` of one block, the centroids that can be the nearest, in their order; returns the sizes of
     /// the vectors.
     fn find_candidates(&self, vectors: &[f32], scratch: &mut Scratch, candidates: &mut [Vec<Candidate>]) -> Vec<Size> {
-        let sizes = self.round(vectors, &mut scratch.rows);
+        let sizes = self.sizes(vectors, &mut scratch.rows);
         // The nearest centroid's score is at most so far above the lowest one.
         let within: Vec<f32> = sizes.iter().map(|size| 2.0 * self.bound(*size, self.largest)).collect();
         let mut limits = vec![f32::INFINITY; candidates.len()];
         candidates.iter_mut().for_each(Vec::clear);
-        let mut found = Found { limits: &mut limits, within: &within, candidates };
+        let mut found = Found { limits: &mut limits, within: Some(&within), candidates };
         for first in (0..self.count()).step_by(COLUMNS) {
-            let norms = &self.squared_norms[first..(first + COLUMNS).min(self.squared_norms.len())];
+            let norms = &self.squared_norms[first..(first + COLUMNS).min(self.count())];
             self.score(vectors, &scratch.rows, first, norms, &mut scratch.scores, &mut found);
         }
         for (row, size) in sizes.iter().enumerate() {
@@ -301,8 +331,9 @@ impl Centroids {
 
     /// How far the score of a centroid can be from the exact one.
     fn bound(&self, vector: Size, centroid: Size) -> f32 {
-        // A sum of n numbers in f32, in whatever order, is off by at most n roundings of the sum of their magnitudes.
-        let lengths = (vector.norm() + centroid.norm()) * centroid.norm();
+        // A sum of n numbers in f32, in whatever order, is off by at most n roundings of the sum of their magnitudes. So is the exact
+        // one, and `EPSILON` is two of them. A sum of bytes is off by nothing, and multiplied by two scales.
+        let lengths = (vector.norm + centroid.norm) * centroid.norm;
         2.0 * (rounding(vector, centroid) + (self.dimensions + 4) as f32 * f32::EPSILON * lengths)
     }
 
@@ -324,7 +355,7 @@ impl Centroids {
 
 /// The most that rounding takes from the product of two vectors. [Cauchy-Schwarz]
 fn rounding(a: Size, b: Size) -> f32 {
-    a.residual * b.norm() + (a.norm() + a.residual) * b.residual
+    a.residual * b.norm + (a.norm + a.residual) * b.residual
 }
 
 vectorized! {
@@ -480,6 +511,47 @@ mod tests {
         for look in looks() {
             assert!(found(look) == found(FirstLook::F32), "{look:?}");
         }
+    }
+
+    #[test]
+    fn squares_that_are_no_normal_numbers_change_no_bits_and_infinite_ones_end_no_program() {
+        let dimensions = 64;
+        let scaled = |rows: usize, salt: u64, scale: f32| -> Vec<f32> {
+            numbers(rows * dimensions, salt).iter().map(|x| x * scale).collect()
+        };
+        for count in [3, 64, 600] {
+            for (of_points, of_vectors) in
+                [(1e-24, 1.0), (1e-21, 1e-21), (1e-23, 1e-23), (1e12, 1e-12), (1e19, 1.0), (1.0, 1e19)]
+            {
+                let found = |look| {
+                    let centroids = Centroids::with_first_look(look, scaled(count, 1, of_points), dimensions);
+                    let vectors = scaled(200, 2, of_vectors);
+                    (centroids.nearest(&vectors), centroids.closer(&vectors, &vec![1.0; count]).len())
+                };
+                for look in looks() {
+                    let (found, expected) = (found(look), found(FirstLook::F32));
+                    assert!(of_points.max(of_vectors) > 1e18 || found == expected, "{look:?} {count} {of_points} {of_vectors}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn long_centroids_and_large_numbers_are_looked_at_in_more_bits() {
+        let (dimensions, count) = (64, 100);
+        let look = |change: &dyn Fn(&mut [f32])| {
+            let mut points = numbers(count * dimensions, 1);
+            points.chunks_exact_mut(dimensions).for_each(change);
+            match Centroids::new(points, dimensions).rounded {
+                Rounded::Bytes(_) => FirstLook::Int8,
+                Rounded::Floats(_, Precision::Bf16) => FirstLook::Bf16,
+                Rounded::Floats(_, Precision::F32) => FirstLook::F32,
+            }
+        };
+        let fastest = FirstLook::fastest(dimensions);
+        assert_eq!(look(&|_| {}), fastest);
+        assert_ne!(look(&|point| point[0] = 40.0), FirstLook::Int8);
+        assert_eq!(look(&|point| point.iter_mut().for_each(|x| *x = 1.0 + 1e-3 * *x)), FirstLook::F32);
     }
 
     #[test]

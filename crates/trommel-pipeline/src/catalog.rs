@@ -3,7 +3,7 @@
 //! `catalog.json` lists the files behind each table as of the last run, so that queries need neither the pipeline file
 //! nor the models. It is a record for readers: which work is done is decided by the files themselves.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,6 +20,7 @@ use trommel_spec::plan::{Plan, Source};
 use crate::documents::{Origin, OriginFile};
 use crate::engine::Engine;
 use crate::outputs::Outputs;
+use crate::run::{Stage, is_done};
 use crate::shard::finished;
 
 /// The tables, and queries of them.
@@ -35,6 +36,9 @@ struct Catalog {
     /// The run's.
     #[serde(default)]
     name: String,
+    /// The stages that are done with its settings.
+    #[serde(default)]
+    done: BTreeSet<String>,
     tables: BTreeMap<String, Vec<PathBuf>>,
     documents: Vec<Origin>,
     shards: Vec<PathBuf>,
@@ -43,6 +47,8 @@ struct Catalog {
 /// Writes the catalog of what is there.
 pub fn write(plan: &Plan, outputs: &Outputs) -> Result<()> {
     let mut catalog = Catalog { name: plan.spec.name.clone(), ..Catalog::default() };
+    let done = Stage::ALL.into_iter().filter(|stage| is_done(outputs, *stage)).map(Stage::name);
+    catalog.done = done.chain(outputs.results.exists().then_some("eval")).map(str::to_owned).collect();
     let relative = |path: &Path| path.strip_prefix(&plan.run_dir).unwrap_or(path).to_owned();
     let mut add = |table: &str, path: &Path| {
         if path.exists() {

@@ -73,8 +73,9 @@ pub fn documents_table(origins: &[Origin]) -> Result<StreamingTable> {
         file.check()?;
         for field in columns(&file.path).map_err(|e| e.file(file.path.display()))?.fields() {
             let name = visible_name(field.name(), &own);
-            if fields.iter().all(|f| *f.name() != name) {
-                fields.push(Field::new(name, field.data_type().clone(), true));
+            match fields.iter_mut().find(|f| *f.name() == name) {
+                Some(known) => *known = Field::new(name, common_type(known.data_type(), field.data_type()), true),
+                None => fields.push(Field::new(name, field.data_type().clone(), true)),
             }
         }
     }
@@ -86,6 +87,15 @@ pub fn documents_table(origins: &[Origin]) -> Result<StreamingTable> {
     };
     let partitions = origins.iter().flat_map(|o| o.files.iter().map(|file| partition(o, file))).collect();
     StreamingTable::try_new(Arc::clone(&schema), partitions).map_err(query_error)
+}
+
+/// What a column is whose type is not the same in all files: a number if it is one everywhere, else a text.
+fn common_type(a: &DataType, b: &DataType) -> DataType {
+    match a == b {
+        true => a.clone(),
+        false if a.is_numeric() && b.is_numeric() => DataType::Float64,
+        false => DataType::Utf8,
+    }
 }
 
 fn visible_name(name: &str, own: &[(&str, DataType)]) -> String {
@@ -165,7 +175,10 @@ impl DocumentFile {
                 "domain" if !field.is_nullable() => constant(self.domain.as_deref().unwrap_or_default()),
                 "split" if !field.is_nullable() => constant(self.split.as_deref().unwrap_or_default()),
                 name => match batch.column_by_name(name).or_else(|| batch.column_by_name(name.trim_end_matches('_'))) {
-                    Some(column) => cast(column, field.data_type())?,
+                    Some(column) => cast(column, field.data_type()).map_err(|e| {
+                        let what = format!("the column `{name}` of `{}` is no {}: {e}", self.file.name, field.data_type());
+                        ArrowError::CastError(what)
+                    })?,
                     None => new_null_array(field.data_type(), count),
                 },
             })
@@ -207,18 +220,29 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.jsonl");
         std::fs::write(&path, "{\"text\":\"one\",\"row\":\"r1\"}\nnot json\n{\"text\":\"two\",\"stars\":5}\n").unwrap();
-        let fingerprint = fingerprint(&path).unwrap().1.to_string();
-        let file = OriginFile { name: "a.jsonl".into(), path, fingerprint };
-        let origin = Origin { domain: None, split: None, files: vec![file] };
+        let other = folder.path().join("b.jsonl");
+        std::fs::write(&other, "{\"text\":\"three\",\"row\":[1],\"stars\":\"few\"}\n").unwrap();
+        let file = |path: PathBuf| {
+            let fingerprint = fingerprint(&path).unwrap().1.to_string();
+            OriginFile { name: path.file_name().unwrap().to_string_lossy().into_owned(), path, fingerprint }
+        };
+        let origin = Origin { domain: None, split: None, files: vec![file(path), file(other)] };
         let session = SessionContext::new();
         session.register_table("corpus", Arc::new(documents_table(&[origin]).unwrap())).unwrap();
-        let frame = session.sql("SELECT text, row_, stars, \"row\" FROM corpus ORDER BY \"row\"").await.unwrap();
+        let frame = session.sql("SELECT text, row_, stars, \"row\" FROM corpus ORDER BY file, \"row\"").await.unwrap();
         let shown = arrow::util::pretty::pretty_format_batches(&frame.collect().await.unwrap()).unwrap().to_string();
         let cells: Vec<Vec<&str>> = shown
             .lines()
             .filter(|l| l.starts_with('|'))
             .map(|l| l.split('|').map(str::trim).filter(|c| !c.is_empty()).collect())
             .collect();
-        assert_eq!(cells, [vec!["text", "row_", "stars", "row"], vec!["one", "r1", "0"], vec!["two", "5", "2"]]);
+        // A column that is of two types is text.
+        let expected = [
+            vec!["text", "row_", "stars", "row"],
+            vec!["one", "r1", "0"],
+            vec!["two", "5", "2"],
+            vec!["three", "[1]", "few", "0"],
+        ];
+        assert_eq!(cells, expected);
     }
 }

@@ -38,6 +38,7 @@ mod version {
     pub(super) const WEIGH: &str = "weigh 2";
     pub(super) const TOKENIZER: &str = "tokenizer 1";
     pub(super) const RESAMPLE: &str = "resample 2";
+    pub(super) const DIAGNOSTICS: &str = "diagnostics 2";
     pub(super) const SHARD: &str = "shard 1";
     pub(super) const SHARD_BY_CLUSTER: &str = "shard by cluster 2";
     pub(super) const DSIR: &str = "dsir 1";
@@ -166,6 +167,11 @@ impl Outputs {
         let (streams, drawn) = (streams(plan), drawn(plan));
         let resample_settings = json(&(&spec.resample, &streams, spec.seed, tokenizer.to_string()))?;
         let resample = after(version::RESAMPLE, weigh, &resample_settings);
+        // By cluster, draws of the domains are planned only.
+        let planned = match spec.shard.by {
+            ShardBy::Domain => resample,
+            ShardBy::Cluster => after("planned", resample, &[]),
+        };
         // Shards by cluster hold the corpus whatever the domains are, so a new domain finds them done.
         let draws = match spec.shard.by {
             ShardBy::Domain => resample,
@@ -211,8 +217,8 @@ impl Outputs {
             mixtures: (!mixtures.is_empty()).then(|| path("histogram", "mixtures", mixed)),
             weights: path("weigh", "weights", weigh),
             tokenizer: plan.run_dir.join("tokenizer").join(format!("{}.json", tokenizer.short())),
-            rates: path("resample", "rates", resample),
-            diagnostics: path("resample", "diagnostics", resample),
+            rates: path("resample", "rates", planned),
+            diagnostics: path("resample", "diagnostics", after(version::DIAGNOSTICS, planned, &[])),
             shards: drawn.iter().map(|s| (s.clone(), plan.run_dir.join("shards").join(s))).collect(),
             shards_key,
             results: path("eval", "results", after("results", resample, &results_settings)),

@@ -148,7 +148,13 @@ impl<'a> Run<'a> {
                 bytes: made.map(|w| w.bytes),
             });
             catalog::write(self.plan, &self.outputs)?;
-            if stage == Stage::Windows && made.is_some() || stage == Stage::Embed && self.reports[0].rows.is_none() {
+            let are_cut_now = match stage {
+                Stage::Windows => made.is_some(),
+                // They were not made by themselves before.
+                Stage::Embed => self.reports.iter().any(|r| r.stage == Stage::Windows.name() && r.rows.is_none()),
+                _ => false,
+            };
+            if are_cut_now {
                 self.check_windows().map_err(|e| e.stage("windows"))?;
             }
         }
@@ -400,7 +406,8 @@ fn tables(outputs: &Outputs, stage: Stage) -> Vec<&Path> {
     }
 }
 
-fn is_done(outputs: &Outputs, stage: Stage) -> bool {
+/// Whether all outputs of a stage are there.
+pub fn is_done(outputs: &Outputs, stage: Stage) -> bool {
     let dsir = outputs.dsir.as_deref();
     match stage {
         Stage::Weigh => dsir.is_none_or(dsir::is_weighed) && is_done_without_dsir(outputs, stage),

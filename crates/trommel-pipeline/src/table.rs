@@ -10,7 +10,6 @@ use rayon::prelude::*;
 use trommel_core::error::{Error, Result};
 use trommel_core::progress::{Interrupt, Progress};
 use trommel_core::seed::Stream;
-use trommel_core::storage::refuse_existing;
 use trommel_embed::lsa::{self, Fitted};
 use trommel_spec::plan::Source;
 
@@ -60,10 +59,9 @@ impl Learnt {
 }
 
 impl Learning<'_> {
-    /// Writes the folder `out`, where nothing may be yet and which [`trommel_embed::load::load`] reads. Reads all documents; a table is the same however they
-    /// are split into files. `progress` advances by the bytes read.
+    /// Writes the folder `out`, where nothing may be yet and which [`trommel_embed::load::load`] reads. Reads all documents; a table
+    /// is the same however they are split into files. `progress` advances by the bytes read.
     pub fn run(&self, out: &Path, progress: &dyn Progress, interrupt: &Interrupt) -> Result<Learnt> {
-        refuse_existing(out)?;
         let sample = Sample::new();
         self.source.files.par_iter().try_for_each(|path| self.read(path, &sample, progress, interrupt))?;
         let Found { lowest, rejects } = sample.found.into_inner().map_err(|_| Error::internal("a reader panicked"))?;

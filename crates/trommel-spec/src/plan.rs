@@ -360,6 +360,10 @@ fn walk(folder: &Path, found: &mut Vec<PathBuf>) -> std::io::Result<()> {
         if path.is_dir() {
             walk(&path, found)?;
         } else if readable(&path) {
+            // A link to nowhere is told when it is opened, and a pipe would be waited for.
+            if path.metadata().is_ok_and(|m| !m.is_file()) {
+                return Err(std::io::Error::other(format!("`{}` is not a file", path.display())));
+            }
             found.push(path);
         }
     }
@@ -492,5 +496,12 @@ mod tests {
         assert_eq!(place("/resample/tokens"), "--set resample.tokens=many: wrong");
         assert_eq!(place("/cluster/k"), "--set cluster.k=null: wrong");
         assert_eq!(place("/resample"), "p.yaml:2:1: wrong");
+        let set = |overlay: &str| Document::parse("p.yaml", "name: a", &[overlay.to_owned()]);
+        assert_eq!(set("name=#1").unwrap().value["name"], "#1");
+        assert_eq!(set("shard.tokenizer.path=null").unwrap().value, serde_json::json!({"name": "a"}));
+        assert!(set("name= ").unwrap_err().to_string().contains("has no value"));
+        let document = set("name=null").unwrap();
+        let found = validate::read::<Pipeline>(&document).unwrap_err();
+        assert!(found.iter().any(|e| e.to_string() == "--set name=null: the key `name` is missing"), "{found:?}");
     }
 }

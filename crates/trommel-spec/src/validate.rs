@@ -116,7 +116,7 @@ fn describe(document: &Document, schema: &Value, error: &jsonschema::ValidationE
         ValidationErrorKind::Required { property } => {
             let key = property.as_str().unwrap_or_default();
             let within = if name.is_empty() { String::new() } else { format!(" in `{name}`") };
-            vec![document.error(&pointer, format!("the key `{key}` is missing{within}"))]
+            vec![document.error(&format!("{pointer}/{}", escape(key)), format!("the key `{key}` is missing{within}"))]
         }
         ValidationErrorKind::Enum { options } => wrong_word(&mut options.as_array().into_iter().flatten()),
         // Words with a description each are constants.

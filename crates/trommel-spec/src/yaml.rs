@@ -26,7 +26,7 @@ enum Origin {
 }
 
 impl Document {
-    /// Parses the text of `file`, then applies overlays of the form `key.sub=value` in order; no value, or `null`, leaves a key out.
+    /// Parses the text of `file`, then applies overlays of the form `key.sub=value` in order; `null` leaves a key out.
     pub fn parse(file: &str, text: &str, overlays: &[String]) -> Result<Document> {
         let parsed = MarkedYaml::load_from_str(text).map_err(|e| {
             let error = Error::config(format!("not valid YAML: {e}")).file(file);
@@ -75,7 +75,10 @@ impl Document {
 
     fn convert(&mut self, node: &MarkedYaml, pointer: &str) -> Result<Value> {
         let place = |node: &MarkedYaml| (node.span.start.line() as u64, node.span.start.col() as u64 + 1);
-        let origin = |node: &MarkedYaml| Origin::File(place(node).0, place(node).1);
+        let origin = |node: &MarkedYaml| {
+            let (line, column) = place(node);
+            Origin::File(line, column)
+        };
         Ok(match &node.data {
             YamlData::Mapping(mapping) => {
                 let mut object = Map::new();
@@ -118,17 +121,26 @@ impl Document {
         let Some((path, text)) = overlay.split_once('=') else {
             return Err(wrong(format!("`--set {overlay}` has no `=`")));
         };
+        if text.trim().is_empty() {
+            let error = Error::config(format!("`--set {overlay}` has no value"));
+            return Err(error.hint(format!("write `--set {path}=null` to leave the key out")));
+        }
         let value = MarkedYaml::load_from_str(text).ok().and_then(|parsed| match parsed.as_slice() {
-            [] => Some(Value::Null),
             [root] => Document::empty("--set").convert(root, "").ok(),
             _ => None,
         });
+        // What YAML takes for a comment is a text here.
+        let is_null = ["null", "~"].contains(&text.trim());
+        let value = value.filter(|value| is_null || !value.is_null()).unwrap_or_else(|| Value::String(text.to_owned()));
         let mut target = &mut self.value;
         let keys: Vec<&str> = path.split('.').collect();
         for key in &keys[..keys.len() - 1] {
             let Value::Object(object) = target else {
                 return Err(wrong(format!("`{path}`: `{key}` is inside a value that is no mapping")));
             };
+            if is_null && !object.contains_key(*key) {
+                return Ok(());
+            }
             target = object.entry(key.to_string()).or_insert_with(|| Value::Object(Map::new()));
             if target.is_null() {
                 *target = Value::Object(Map::new());
@@ -136,7 +148,7 @@ impl Document {
         }
         let Value::Object(object) = target else { return Err(wrong(format!("`{path}` is inside a value that is no mapping"))) };
         let key = keys[keys.len() - 1];
-        match value.unwrap_or_else(|| Value::String(text.to_owned())) {
+        match value {
             Value::Null => _ = object.remove(key),
             value => _ = object.insert(key.to_owned(), value),
         }

@@ -17,7 +17,6 @@ use std::path::Path;
 
 use serde::Deserialize;
 use trommel_core::storage::write_bytes;
-
 use trommel_pipeline::results::Outcome;
 
 use crate::args::ReportArguments;

@@ -3,9 +3,10 @@
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use datafusion::arrow::array::RecordBatch;
 use datafusion::arrow::csv::WriterBuilder;
+use datafusion::arrow::datatypes::FieldRef;
 use datafusion::arrow::json::ArrayWriter;
 use datafusion::arrow::util::pretty::pretty_format_batches;
 use datafusion::parquet::arrow::ArrowWriter;
@@ -48,13 +49,14 @@ impl Tables {
         Ok(serde_json::from_slice(&rows).map_err(|e| Error::internal("a table has other columns").source(e))?)
     }
 
-    /// Prints the rows of a query, and what it found to be empty.
+    /// Prints the rows of each query of a text, and what to know of them.
     fn answer(&self, sql: &str, format: Format) -> anyhow::Result<()> {
-        let answer = self.runtime.block_on(self.tables.query(sql))?;
-        for (table, stage) in answer.unmade {
-            eprintln!("note: the table `{table}` is empty: stage `{stage}` has not run with these settings");
+        for statement in catalog::Tables::statements(sql)? {
+            let answer = self.runtime.block_on(self.tables.run(statement))?;
+            answer.notes.iter().for_each(|note| eprintln!("note: {note}"));
+            print(&answer.rows, format)?;
         }
-        print(&answer.rows, format)
+        Ok(())
     }
 }
 
@@ -82,10 +84,13 @@ fn print(rows: &[RecordBatch], format: Format) -> anyhow::Result<()> {
     match format {
         Format::Table => writeln!(out, "{}", pretty_format_batches(rows)?)?,
         Format::Csv => {
-            let mut writer = WriterBuilder::new().build(&mut out);
-            rows.iter()
-                .try_for_each(|batch| writer.write(batch))
-                .context("CSV holds plain columns only: select a list or a struct part by part")?;
+            let is_nested = |field: &&FieldRef| field.data_type().is_nested();
+            if let Some(field) = rows.iter().flat_map(|batch| batch.schema_ref().fields()).find(is_nested) {
+                bail!("CSV holds plain columns only, and `{}` is none: select a list or a struct part by part", field.name());
+            }
+            let mut writer = WriterBuilder::new().build(Vec::new());
+            rows.iter().try_for_each(|batch| writer.write(batch))?;
+            out.write_all(&writer.into_inner())?;
         }
         Format::Json => {
             out.write_all(&json(rows)?)?;
@@ -102,7 +107,11 @@ fn print(rows: &[RecordBatch], format: Format) -> anyhow::Result<()> {
 }
 
 fn prompt(format: Format, tables: &Tables) -> anyhow::Result<()> {
-    eprintln!("End a query with `;`. `SHOW TABLES;` lists the tables; Ctrl-D leaves.");
+    // Whoever wrote the queries beforehand wants no answers after one that failed.
+    let is_piped = !io::stdin().is_terminal();
+    if !is_piped {
+        eprintln!("End a query with `;`. `SHOW TABLES;` lists the tables; Ctrl-D leaves.");
+    }
     let mut editor = DefaultEditor::new()?;
     let mut text = String::new();
     loop {
@@ -115,16 +124,16 @@ fn prompt(format: Format, tables: &Tables) -> anyhow::Result<()> {
                 text.clear();
                 continue;
             }
+            Err(ReadlineError::Eof) if is_piped => return tables.answer(&text, format),
             Err(ReadlineError::Eof) => return Ok(()),
             Err(error) => return Err(error.into()),
         }
         if text.trim().is_empty() {
             text.clear();
-        } else if let Some(sql) = text.trim().strip_suffix(';') {
+        } else if text.trim().ends_with(';') {
             editor.add_history_entry(text.trim())?;
-            match tables.answer(sql, format) {
-                Err(error) if io::stdin().is_terminal() => eprintln!("error: {error:#}"),
-                // Whoever wrote the queries beforehand wants no answers after one that failed.
+            match tables.answer(&text, format) {
+                Err(error) if !is_piped => eprintln!("error: {error:#}"),
                 result => result?,
             }
             text.clear();

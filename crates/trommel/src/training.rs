@@ -7,6 +7,7 @@ use serde::Serialize;
 use trommel_core::error::{Error, Result};
 use trommel_core::manifest::Manifest;
 use trommel_core::progress::Interrupt;
+use trommel_core::storage::refuse_existing;
 use trommel_pipeline::source::size;
 use trommel_pipeline::table::Learning;
 use trommel_spec::plan::{self, Source};
@@ -134,6 +135,7 @@ pub(crate) fn distill_embedder(arguments: &DistillArguments) -> anyhow::Result<(
 /// Makes a static embedding table from a corpus.
 pub(crate) fn fit_embedder(arguments: &FitArguments, interrupt: &Interrupt) -> anyhow::Result<()> {
     const SEED: u64 = 0;
+    refuse_existing(&arguments.out)?;
     let source = source(&arguments.documents)?;
     let progress = progress::for_stderr();
     let bytes = source.files.iter().map(|file| size(file)).sum();

@@ -10,6 +10,7 @@
 //!   6 rows  q[r][l]            acc[r][0..4]                 scores are made, and compared, where the sums are
 //! ```
 
+use crate::isa::Isa;
 use crate::lines::Lines;
 use crate::vectorize::{LANES, fold, vectorized};
 
@@ -21,7 +22,8 @@ pub(super) const PANEL: usize = 64;
 const TILE_ROWS: usize = 6;
 /// Dimensions of a step.
 const STEP: usize = 4;
-/// Dimensions that a sum of 32 bits holds: of so many products, none is larger than 127 * 255.
+/// Dimensions that a sum of 32 bits holds: of so many products, none is larger than 127 * 255. And their bytes' sum is one of whole
+/// numbers in f32.
 pub(super) const DIMENSIONS_MAX: usize = i32::MAX as usize / (127 * 255);
 
 /// Centroids in bytes.
@@ -46,8 +48,9 @@ pub(super) struct Rows {
 }
 
 impl Panels {
-    /// `points` is `(centroids, dimensions)`; returns the size of each as well.
+    /// `points` is `(centroids, dimensions)`; returns the size of each as well. Fails if the processor does not multiply bytes.
     pub(super) fn new(points: &[f32], dimensions: usize) -> (Panels, Vec<Size>) {
+        assert!(Isa::current() >= Isa::Avx512Vnni && dimensions <= DIMENSIONS_MAX, "no products of bytes");
         let mut rows = Rows::default();
         let sizes = rows.pack(points, dimensions);
         let (steps, count) = (rows.steps, sizes.len());
@@ -67,18 +70,20 @@ impl Panels {
         (Panels { numbers, scales, steps }, sizes)
     }
 
-    /// Offers to `found` the scores `norm - 2 x.c` of `rows` and the centroids from `first` on, a multiple of [`PANEL`], for
-    /// which `norms` has whole panels. Beyond the last centroid a norm is infinite, and so is no candidate.
+    /// Offers to `found` the scores `norm - 2 x.c` of `rows` and the centroids from `first` on, a multiple of [`PANEL`], as many as
+    /// there are norms.
     pub(super) fn score(&self, rows: &Rows, first: usize, norms: &[f32], found: &mut Found<'_>) {
-        assert!(rows.steps == self.steps && first.is_multiple_of(PANEL) && norms.len().is_multiple_of(PANEL));
+        assert!(rows.steps == self.steps && first.is_multiple_of(PANEL));
         assert!(found.candidates.len() == rows.scales.len() && found.limits.len() == rows.scales.len());
         let panel_bytes = self.steps * PANEL * STEP;
         let panels = self.numbers[first / PANEL * panel_bytes..].chunks_exact(panel_bytes);
         let scales = self.scales[first..].chunks_exact(PANEL);
-        for (panel, ((numbers, scales), norms)) in panels.zip(scales).zip(norms.chunks_exact(PANEL)).enumerate() {
+        for (panel, ((numbers, scales), norms)) in panels.zip(scales).zip(norms.chunks(PANEL)).enumerate() {
+            let mut whole = [f32::INFINITY; PANEL];
+            whole[..norms.len()].copy_from_slice(norms);
+            let first = (first + panel * PANEL) as u32;
             for row in (0..rows.scales.len()).step_by(TILE_ROWS) {
-                let tile = Tile { numbers, scales, norms, rows, row, first: (first + panel * PANEL) as u32 };
-                tile.score(found);
+                Tile { numbers, scales, norms: &whole, columns: norms.len(), rows, row, first }.score(found);
             }
         }
     }
@@ -101,7 +106,7 @@ impl Rows {
             let (sum, squared_residual) = round(vector, scale, inverse, numbers);
             self.scales.push(scale);
             self.offsets.push(128 * sum as i32);
-            Size { squared_norm: squared_norm(vector), residual: squared_residual.sqrt() }
+            Size::new(dimensions, squared_norm(vector), squared_residual)
         })
         .collect()
     }
@@ -157,6 +162,8 @@ struct Tile<'a> {
     numbers: &'a [u8],
     scales: &'a [f32],
     norms: &'a [f32],
+    /// Centroids of the panel.
+    columns: usize,
     rows: &'a Rows,
     row: usize,
     /// The first centroid of the panel.
@@ -167,7 +174,7 @@ impl Tile<'_> {
     #[cfg(target_arch = "x86_64")]
     #[expect(unsafe_code, reason = "calls a variant whose instructions are there")]
     fn score(&self, found: &mut Found<'_>) {
-        // SAFETY: panels of bytes are made only where the processor has these instructions.
+        // SAFETY: `Panels::new` looked for these instructions.
         unsafe {
             match self.rows.scales.len() - self.row {
                 1 => self.score_rows::<1>(found),
@@ -240,13 +247,15 @@ impl Tile<'_> {
     fn note(&self, row: usize, scores: [std::arch::x86_64::__m512; PANEL / LANES], found: &mut Found<'_>) {
         use std::arch::x86_64::*;
         let lowest = _mm512_min_ps(_mm512_min_ps(scores[0], scores[1]), _mm512_min_ps(scores[2], scores[3]));
-        let limit = _mm512_set1_ps(found.limit(row, _mm512_reduce_min_ps(lowest)));
+        let limit = _mm512_set1_ps(found.lower_limit(row, _mm512_reduce_min_ps(lowest)));
         let (mut numbers, mut mask) = ([0f32; PANEL], 0u64);
         for (part, score) in scores.into_iter().enumerate() {
             mask |= u64::from(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(score, limit)) << (part * LANES);
             // SAFETY: there are as many numbers.
             unsafe { _mm512_storeu_ps(numbers.as_mut_ptr().add(part * LANES), score) }
         }
+        // A limit can be infinite, as norms beyond the last centroid are.
+        mask &= u64::MAX >> (PANEL - self.columns);
         let candidates = &mut found.candidates[row];
         while mask != 0 {
             let column = mask.trailing_zeros();
@@ -274,8 +283,9 @@ mod tests {
             let rounded: Vec<f64> = numbers.iter().map(|q| f64::from(rows.scales[i]) * f64::from(*q)).collect();
             let residual: f64 = vector.iter().zip(&rounded).map(|(x, y)| (f64::from(*x) - y).powi(2)).sum::<f64>().sqrt();
             let norm = vector.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
-            // Squares of what is hardly more than zero vanish.
-            assert!((f64::from(sizes[i].residual) - residual).abs() <= 1e-5 * residual + 1e-22, "{i}");
+            // Squares of what is hardly more than zero vanish, and are taken for more.
+            let more = f64::from(sizes[i].residual) - residual;
+            assert!(more >= -1e-5 * residual && more <= 1e-5 * residual + 1e-18, "{i}");
             assert!(residual <= 0.01 * norm + 1e-22 && numbers[37..].iter().all(|q| *q == 0), "{i}");
             assert_eq!(rows.offsets[i], 128 * numbers.iter().map(|q| i32::from(*q)).sum::<i32>());
         }

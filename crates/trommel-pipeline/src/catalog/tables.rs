@@ -1,5 +1,6 @@
 //! The tables of a run directory, and queries of them. Queries read only: what a run has made is the run's.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use datafusion::error::DataFusionError;
 use datafusion::execution::context::SQLOptions;
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::{ParquetReadOptions, SessionConfig, SessionContext};
+use datafusion::sql::parser::{DFParser, Statement};
 use trommel_core::error::{Error, Result};
 use trommel_core::schema::{CORPUS, assignments, rejects, windows};
 
@@ -56,8 +58,8 @@ pub struct Tables {
 pub struct Answer {
     /// Its rows: at least one batch, so that there are columns.
     pub rows: Vec<RecordBatch>,
-    /// The tables that it read and whose stage has not run, with that stage: they are empty.
-    pub unmade: Vec<(&'static str, &'static str)>,
+    /// What to know of the tables that it read: that they are empty or not whole, and why.
+    pub notes: Vec<String>,
 }
 
 impl Tables {
@@ -79,28 +81,45 @@ impl Tables {
         self.session.table_exist(table).unwrap_or(false)
     }
 
-    /// The rows of a query. Fails if it would write, or if it needs a source file that is gone or has changed since the run.
+    /// The statements of a text.
+    pub fn statements(sql: &str) -> Result<VecDeque<Statement>> {
+        DFParser::parse_sql(sql).map_err(query_error)
+    }
+
+    /// The rows of a query, the last one of a text.
     pub async fn query(&self, sql: &str) -> Result<Answer> {
-        let state = self.session.state();
-        let dialect = state.config().options().sql_parser.dialect;
-        let statement = state.sql_to_statement(sql, &dialect).map_err(query_error)?;
-        let named = state.resolve_table_references(&statement).map_err(query_error)?;
-        self.register_documents(&named)?;
-        let unmade: Vec<_> = MADE_BY.into_iter().filter(|(table, _)| !self.is_made(table) && is_named(&named, table)).collect();
-        if let Some((table, stage)) = unmade.iter().find(|(table, _)| !self.has(table)) {
-            let method = if table.starts_with("dsir") { ", in a run with the method `dsir`" } else { "" };
-            let error = Error::data(format!("the table `{table}` is not there: stage `{stage}` makes it{method}"));
-            return Err(error.file(self.run_dir.display()).hint("run the pipeline up to that stage, then ask again"));
+        let mut answer = Answer { rows: Vec::new(), notes: Vec::new() };
+        for statement in Self::statements(sql)? {
+            answer = self.run(statement).await?;
         }
-        // Planned anew, as documents may have been registered.
+        Ok(answer)
+    }
+
+    /// The rows of a statement. Fails if it would write, or if it needs a source file that is gone or has changed since the run.
+    pub async fn run(&self, statement: Statement) -> Result<Answer> {
+        let named = self.session.state().resolve_table_references(&statement).map_err(query_error)?;
+        self.register_documents(&named)?;
+        let mut notes = Vec::new();
+        for (table, stage) in MADE_BY.into_iter().filter(|(table, stage)| is_named(&named, table) && !self.is_done(stage)) {
+            if !self.has(table) {
+                let method = if table.starts_with("dsir") { ", in a run with the method `dsir`" } else { "" };
+                let error = Error::data(format!("the table `{table}` is not there: stage `{stage}` makes it{method}"));
+                return Err(error.file(self.run_dir.display()).hint("run the pipeline up to that stage, then ask again"));
+            }
+            notes.push(match self.is_made(table) {
+                true => format!("the table `{table}` is not whole: stage `{stage}` is not done with these settings"),
+                false => format!("the table `{table}` is empty: stage `{stage}` has not run with these settings"),
+            });
+        }
+        // Planned with a new state, as documents may have been registered.
         let plan = self.session.state().statement_to_plan(statement).await.map_err(|e| self.not_planned(&named, e))?;
-        let reads_only = SQLOptions::new().with_allow_dml(false).verify_plan(&plan);
+        let reads_only = SQLOptions::new().with_allow_dml(false).with_allow_ddl(false).verify_plan(&plan);
         reads_only.map_err(|_| {
-            Error::data("a query of a run reads only; it cannot write files or tables")
+            Error::data("a query of a run reads only; it cannot write files or make tables")
                 .hint("print the rows as `--format csv`, `json` or `parquet`, and redirect the output to a file")
         })?;
         let rows = self.collect(plan).await.map_err(|error| self.not_run(error))?;
-        Ok(Answer { rows, unmade })
+        Ok(Answer { rows, notes })
     }
 
     async fn collect(&self, plan: LogicalPlan) -> Result<Vec<RecordBatch>, DataFusionError> {
@@ -139,7 +158,11 @@ impl Tables {
         self.catalog.tables.values().flatten().find_map(|file| footer(&self.run_dir.join(file), "").err())
     }
 
-    /// Whether the stage of a table has run.
+    fn is_done(&self, stage: &str) -> bool {
+        self.catalog.done.contains(stage)
+    }
+
+    /// Whether the stage of a table has made some of it.
     fn is_made(&self, table: &str) -> bool {
         match table {
             "clusters" => self.catalog.tables.contains_key("tree"),
@@ -190,9 +213,12 @@ impl Tables {
     fn register_documents(&self, named: &[TableReference]) -> Result<()> {
         for table in DOCUMENTS {
             let is_named = is_named(named, table);
-            if self.has(table) || !(is_named || named.iter().any(|t| t.schema() == Some("information_schema"))) {
+            let is_listed = named.iter().any(|t| t.schema() == Some("information_schema")) && !self.has(table);
+            if !is_named && !is_listed {
                 continue;
             }
+            // Whoever asks for them may have changed them since the last query.
+            self.session.deregister_table(table).map_err(query_error)?;
             let is_of = |origin: &&Origin| origin.domain.is_none() == (table == CORPUS);
             let origins: Vec<Origin> = self.catalog.documents.iter().filter(is_of).cloned().collect();
             match documents_table(&origins) {

@@ -1,59 +1,103 @@
-//! What is wrong with the sources of a plan, found before hours are spent on them: of each file, the end or the first lines are read.
+//! What is wrong with the sources of a plan, found before hours are spent on them: the end or the first lines of each file are read,
+//! and all of the domains' sets, which are small.
 
 use std::collections::BTreeSet;
-use std::io::BufRead;
+use std::io::{BufRead, Read};
 
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 use trommel_core::error::{Error, Result};
 use trommel_spec::plan::{Plan, Source};
 
-use super::{SourceFile, is_parquet, none_named, open_lines};
+use super::{SourceFile, is_parquet, none_named, open_lines, read_texts, unreadable};
 
-/// Lines of JSON that are looked at, of each file.
+/// Lines of JSON that are looked at, of each file, and the bytes of the longest one that is.
 const LINES: usize = 100;
+const LINE_BYTES: u64 = 1 << 20;
 
-/// Every file of a plan that cannot be opened or lacks a column, and every set that has no documents, in the order of the plan.
+/// Every file of a plan that cannot be opened or lacks a column, and every set whose rows cannot be used, in the order of the plan.
 pub fn check(plan: &Plan) -> Vec<Error> {
-    let sets = plan.domains.iter().flat_map(|domain| {
-        let name = &domain.train.name;
-        let test = domain.test.as_ref().map(|test| (test, format!("`domains.{name}.test`")));
-        std::iter::once((&domain.train, format!("`domains.{name}.train`"))).chain(test)
-    });
-    std::iter::once((&plan.corpus, "the corpus".to_owned())).chain(sets).flat_map(|(set, name)| check_set(set, &name)).collect()
+    let mut mistakes = check_files(&plan.corpus, "the corpus");
+    for domain in &plan.domains {
+        for (split, set) in std::iter::once(("train", &domain.train)).chain(domain.test.iter().map(|test| ("test", test))) {
+            let name = format!("`domains.{}.{split}`", set.name);
+            let found = check_files(set, &name);
+            let is_readable = found.is_empty();
+            mistakes.extend(found);
+            mistakes.extend(check_rows(set, &name, plan.spec.corpus.max_reject_share).err().filter(|_| is_readable));
+        }
+    }
+    mistakes
 }
 
-fn check_set(set: &Source, name: &str) -> Vec<Error> {
+/// What the ends or the first lines of the files tell.
+fn check_files(set: &Source, name: &str) -> Vec<Error> {
     let file = |path| SourceFile { path, text: set.text.clone(), id: set.id.clone() };
-    let found: Vec<Result<bool>> = set.files.par_iter().map(|path| file(path.clone()).has_rows()).collect();
-    if found.iter().all(|rows| matches!(rows, Ok(false))) {
-        let error = Error::data(format!("{name} holds no documents")).file(set.files[0].display());
-        return vec![error.hint("name other files, or leave the set out")];
+    let looks: Vec<Result<Look>> = set.files.par_iter().map(|path| file(path.clone()).look()).collect();
+    let at = |error: Error| error.file(set.files[0].display());
+    if looks.iter().all(|look| matches!(look, Ok(look) if !look.has_rows)) {
+        return vec![at(Error::data(format!("{name} holds no documents")).hint("name other files"))];
     }
-    found.into_iter().filter_map(Result::err).collect()
+    // A file may begin with rows of another kind, which are counted later. That none has a line with the key is a mistake.
+    let keys: BTreeSet<&String> = looks.iter().flatten().flat_map(|look| &look.keys).collect();
+    let are_lines = looks.iter().all(|look| matches!(look, Ok(look) if look.is_known)) && !keys.is_empty();
+    for (column, setting) in std::iter::once((&set.text, "text")).chain(set.id.iter().map(|id| (id, "id"))) {
+        if are_lines && !keys.contains(column) {
+            return vec![at(none_named(column, setting, keys.iter().map(|key| key.as_str())))];
+        }
+    }
+    looks.into_iter().filter_map(Result::err).collect()
+}
+
+/// Fails if no row can be used, or more cannot than are allowed.
+fn check_rows(set: &Source, name: &str, limit: f64) -> Result<()> {
+    let found = read_texts(set).map_err(|e| e.file(name))?;
+    let (bad, all) = (found.rejects.len(), found.rejects.len() + found.texts.len());
+    let Some((file, first)) = found.rejects.first().filter(|_| bad as f64 > limit * all as f64) else { return Ok(()) };
+    let message = format!("{bad} of {all} rows of {name} cannot be used, the first one is row {}: {}", first.row, first.reason);
+    let error = Error::data(format!("{message}; {:.2}% are allowed", limit * 100.0)).file(file.display());
+    Err(error.hint("mend the file, or raise `corpus.max_reject_share`"))
+}
+
+/// What a look at a file tells.
+struct Look {
+    has_rows: bool,
+    /// The keys of the lines of JSON.
+    keys: BTreeSet<String>,
+    /// Whether these are all keys that the lines have.
+    is_known: bool,
 }
 
 impl SourceFile {
-    /// Whether there are rows, of which none may be usable. Fails if the file cannot be opened or lacks a column.
-    fn has_rows(&self) -> Result<bool> {
-        let found = if is_parquet(&self.path) {
-            self.open_columns().map(|(builder, _)| builder.metadata().file_metadata().num_rows() > 0)
+    /// Fails if the file cannot be opened, or lacks a column.
+    fn look(&self) -> Result<Look> {
+        let look = if is_parquet(&self.path) {
+            let rows = self.open_columns().map(|(builder, _)| builder.metadata().file_metadata().num_rows());
+            rows.map(|rows| Look { has_rows: rows > 0, keys: BTreeSet::new(), is_known: false })
         } else {
-            self.has_lines()
+            self.look_at_lines()
         };
-        found.map_err(|e| e.file(self.path.display()))
+        look.map_err(|e| e.file(self.path.display()))
     }
 
-    fn has_lines(&self) -> Result<bool> {
-        // What cannot be read or is no JSON is told with its line when the file is read as a whole.
-        let lines: Vec<Vec<u8>> = open_lines(&self.path)?.0.split(b'\n').map_while(std::io::Result::ok).take(LINES).collect();
-        let objects = lines.iter().filter_map(|line| serde_json::from_slice::<Map<String, Value>>(line).ok());
-        let keys: BTreeSet<String> = objects.flat_map(|object| object.into_iter().map(|(key, _)| key)).collect();
-        for (name, key) in std::iter::once((&self.text, "text")).chain(self.id.iter().map(|id| (id, "id"))) {
-            if !keys.is_empty() && !keys.contains(name) {
-                return Err(none_named(name, key, keys.iter().map(String::as_str)));
+    fn look_at_lines(&self) -> Result<Look> {
+        let mut lines = open_lines(&self.path)?.0;
+        let mut look = Look { has_rows: false, keys: BTreeSet::new(), is_known: true };
+        let mut line = Vec::new();
+        for number in 1..=LINES as u64 {
+            line.clear();
+            let read = lines.by_ref().take(LINE_BYTES).read_until(b'\n', &mut line);
+            let read = read.map_err(|e| unreadable(e).at(number, 1))?;
+            if read as u64 == LINE_BYTES {
+                return Ok(Look { has_rows: true, is_known: false, ..look });
             }
+            if read == 0 {
+                break;
+            }
+            look.has_rows |= !line.trim_ascii().is_empty();
+            let object = serde_json::from_slice::<Map<String, Value>>(&line);
+            look.keys.extend(object.into_iter().flatten().map(|(key, _)| key));
         }
-        Ok(!lines.is_empty())
+        Ok(look)
     }
 }

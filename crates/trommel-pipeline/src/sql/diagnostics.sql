@@ -12,7 +12,8 @@ WITH joined AS (
          r.expected_draws, r.wanted_draws, r.epochs,
          CAST(coalesce(d.draws, 0) AS DOUBLE) AS draws, CAST(coalesce(d.repeats, 0) AS DOUBLE) AS repeats,
          sum(CASE WHEN w.weight > 0 THEN w.p_domain ELSE 0 END) OVER (PARTITION BY w.domain) AS kept,
-         CAST(sum(coalesce(d.draws, 0)) OVER (PARTITION BY w.domain) AS DOUBLE) AS all_draws
+         CAST(sum(coalesce(d.draws, 0)) OVER (PARTITION BY w.domain) AS DOUBLE) AS all_draws,
+         sum(CASE WHEN w.weight > 0 THEN greatest(CAST(coalesce(d.draws, 0) AS DOUBLE), 0.5) ELSE 0 END) OVER (PARTITION BY w.domain) AS counted
   FROM weights AS w
   JOIN histograms AS h ON h.domain = 'corpus' AND h.cluster_id = w.cluster_id
   JOIN rates AS r ON r.domain = w.domain AND r.cluster_id = w.cluster_id
@@ -20,7 +21,7 @@ WITH joined AS (
 )
 SELECT domain,
        sum(CASE WHEN weight > 0 THEN p_domain / kept * ln(p_domain / kept / p_corpus) ELSE 0 END) AS kl_before,
-       sum(CASE WHEN weight > 0 THEN p_domain / kept * ln(p_domain / kept / (greatest(draws, 0.5) / all_draws)) ELSE 0 END) AS kl_after,
+       sum(CASE WHEN weight > 0 THEN p_domain / kept * ln(p_domain / kept / (greatest(draws, 0.5) / counted)) ELSE 0 END) AS kl_after,
        power(sum(windows * weight), 2) / sum(windows * weight * weight) AS ess,
        power(sum(windows * weight), 2) / sum(windows * weight * weight) / sum(windows) AS ess_share,
        sum(CASE WHEN weight > 0 THEN 0 ELSE p_domain END) AS lost_mass,
