@@ -184,6 +184,7 @@ fn documents_that_changed_are_not_joined_with_old_windows() {
     assert!(gone.code == 1 && gone.stderr.contains("music/train.jsonl: cannot read the file"), "{}", gone.stderr);
     for sql in ["SELECT * FROM weights", "SHOW TABLES"] {
         assert_eq!(ask(sql).code, 0, "{sql}");
+        assert_eq!(bench.call(&["sql", "p.yaml", "-c", sql]).code, 0, "{sql}");
     }
 }
 

@@ -86,6 +86,15 @@ pub fn load(
     }
 }
 
+/// Where the outputs of a pipeline file lie unless told otherwise; its sources may be gone.
+pub fn run_dir(file: &Path) -> Result<PathBuf, Vec<Error>> {
+    Ok(usual_run_dir(&validate::read(&read(file, &[])?)?))
+}
+
+fn usual_run_dir(spec: &Pipeline) -> PathBuf {
+    Path::new("runs").join(&spec.name)
+}
+
 /// Reads a YAML file as a tree of values with positions.
 pub fn read(file: &Path, overlays: &[String]) -> Result<Document, Vec<Error>> {
     let text = std::fs::read(file).map_err(|e| vec![Error::config("cannot read the file").file(file.display()).source(e)])?;
@@ -130,7 +139,7 @@ fn resolve(document: &Document, spec: Pipeline, run_dir: Option<&Path>) -> Resul
     if !mistakes.is_empty() {
         return Err(validate::in_file_order(mistakes));
     }
-    let run_dir = run_dir.map_or_else(|| Path::new("runs").join(&spec.name), Path::to_path_buf);
+    let run_dir = run_dir.map_or_else(|| usual_run_dir(&spec), Path::to_path_buf);
     Ok(Plan { spec, run_dir, corpus, domains, mixtures })
 }
 

@@ -1,7 +1,7 @@
 //! `trommel sql`: one query, or a prompt.
 
 use std::io::{self, IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::bail;
 use datafusion::arrow::array::RecordBatch;
@@ -16,8 +16,10 @@ use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
 use trommel_core::error::Error;
 use trommel_pipeline::{catalog, engine};
+use trommel_spec::plan;
 
 use crate::args::{Format, SqlArguments};
+use crate::pipeline::Mistakes;
 
 /// The tables of a run directory, and what their queries run on.
 pub(crate) struct Tables {
@@ -70,8 +72,10 @@ fn json(rows: &[RecordBatch]) -> anyhow::Result<Vec<u8>> {
 
 /// Runs the command.
 pub(crate) fn run(arguments: &SqlArguments) -> anyhow::Result<()> {
-    let run_dir: PathBuf =
-        if arguments.run.is_file() { crate::pipeline::load(&arguments.run, &[], None)?.run_dir } else { arguments.run.clone() };
+    let run_dir = match arguments.run.is_file() {
+        true => plan::run_dir(&arguments.run).map_err(Mistakes)?,
+        false => arguments.run.clone(),
+    };
     let tables = Tables::open(&run_dir)?;
     match &arguments.query {
         Some(sql) => tables.answer(sql, arguments.format),

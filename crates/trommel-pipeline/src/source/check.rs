@@ -21,10 +21,11 @@ pub fn check(plan: &Plan) -> Vec<Error> {
     for domain in &plan.domains {
         for (split, set) in std::iter::once(("train", &domain.train)).chain(domain.test.iter().map(|test| ("test", test))) {
             let name = format!("`domains.{}.{split}`", set.name);
-            let found = check_files(set, &name);
-            let is_readable = found.is_empty();
+            let mut found = check_files(set, &name);
+            if found.is_empty() {
+                found.extend(check_rows(set, &name, plan.spec.corpus.max_reject_share).err());
+            }
             mistakes.extend(found);
-            mistakes.extend(check_rows(set, &name, plan.spec.corpus.max_reject_share).err().filter(|_| is_readable));
         }
     }
     mistakes
