@@ -1,4 +1,4 @@
-//! YAML to spec to plan, every mistake at once.
+//! YAML to spec to plan; all mistakes of shape at once, then all of meaning.
 //!
 //! A pipeline file becomes a tree with positions (`yaml`), is checked against the JSON Schema that the spec's own types
 //! give (`validate`), becomes a spec (`pipeline`, `training`), and is resolved into a plan (`plan`): files found,

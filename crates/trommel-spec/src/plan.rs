@@ -69,8 +69,8 @@ impl Mixture {
 pub const EXTENSIONS: [&str; 10] =
     ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "ndjson", "ndjson.gz", "ndjson.zst", "json", "json.gz", "json.zst"];
 
-/// Reads, checks and resolves a pipeline file; returns every mistake at once. `more` finds mistakes that only others know, each
-/// with the JSON pointer of its value.
+/// Reads, checks and resolves a pipeline file; returns every mistake of shape or, where there is none, every other one. `more`
+/// finds mistakes that only others know, each with the JSON pointer of its value.
 pub fn load(
     file: &Path,
     overlays: &[String],
