@@ -40,12 +40,20 @@ pub enum FirstLook {
 
 impl FirstLook {
     /// The fastest for the processor and vectors of so many dimensions.
-    pub fn fastest(dimensions: usize) -> FirstLook {
+    fn fastest(dimensions: usize) -> FirstLook {
         match Isa::current() {
             // Tiles multiply several times as many pairs as registers multiply bytes.
             Isa::Amx => FirstLook::Bf16,
             isa if isa >= Isa::Avx512Vnni && dimensions <= bytes::DIMENSIONS_MAX => FirstLook::Int8,
             isa if isa >= Isa::Avx512Bf16 => FirstLook::Bf16,
+            _ => FirstLook::F32,
+        }
+    }
+
+    /// The fastest one of more bits.
+    fn with_more_bits(self) -> FirstLook {
+        match self {
+            FirstLook::Int8 if Isa::current() >= Isa::Avx512Bf16 => FirstLook::Bf16,
             _ => FirstLook::F32,
         }
     }
@@ -150,21 +158,17 @@ impl Centroids {
     /// `points` is `(centroids, dimensions)`, with at least one centroid, and of finite squared lengths. Vectors far below 1e-15 are
     /// told apart only as far as their squares are normal numbers.
     pub fn new(points: Vec<f32>, dimensions: usize) -> Self {
-        let found = Self::with_first_look(FirstLook::fastest(dimensions), points, dimensions);
-        if !found.leaves_many() {
-            return found;
+        let mut look = FirstLook::fastest(dimensions);
+        let mut centroids = Self::with_first_look(look, points, dimensions);
+        while centroids.leaves_many() {
+            look = look.with_more_bits();
+            centroids = Self::with_first_look(look, centroids.points, dimensions);
         }
-        match found.rounded {
-            Rounded::Bytes(_) if Isa::current() >= Isa::Avx512Bf16 => {
-                let found = Self::with_first_look(FirstLook::Bf16, found.points, dimensions);
-                if found.leaves_many() { Self::with_first_look(FirstLook::F32, found.points, dimensions) } else { found }
-            }
-            _ => Self::with_first_look(FirstLook::F32, found.points, dimensions),
-        }
+        centroids
     }
 
     /// Whether the first look has too few bits for these centroids, so that many would stay candidates: it takes as much from a
-    /// product as they differ by, or one long centroid widens the doubt about all.
+    /// product as they differ by, or one long centroid widens the doubt about all. Never so of `f32`.
     fn leaves_many(&self) -> bool {
         let mean = |part: fn(&Size) -> f32| self.sizes.iter().map(part).sum::<f32>() / self.count() as f32;
         let norm = mean(|size| size.norm);

@@ -407,7 +407,7 @@ fn tables(outputs: &Outputs, stage: Stage) -> Vec<&Path> {
 }
 
 /// Whether all outputs of a stage are there.
-pub fn is_done(outputs: &Outputs, stage: Stage) -> bool {
+pub(crate) fn is_done(outputs: &Outputs, stage: Stage) -> bool {
     let dsir = outputs.dsir.as_deref();
     match stage {
         Stage::Weigh => dsir.is_none_or(dsir::is_weighed) && is_done_without_dsir(outputs, stage),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! trommel-bench embed MODEL TEXTS.jsonl OUT.f32 THREADS f32|bf16
-//! trommel-bench nearest VECTORS.f32 CENTROIDS.f32 DIMENSIONS OUT.u32 THREADS f32|bf16
+//! trommel-bench nearest VECTORS.f32 CENTROIDS.f32 DIMENSIONS OUT.u32 THREADS f32|fastest      the numbers of the first look
 //! trommel-bench kmeans VECTORS.f32 START.f32 DIMENSIONS ITERATIONS OUT.f32 THREADS
 //! trommel-bench weights FOLDER OUT.json THREADS       of assignments in its `.parquet` files, and clusters in `tree.parquet`
 //! trommel-bench train VOCAB BATCH CONTEXT f32|bf16 STEPS THREADS [EXPERTS]      a projected network with EXPERTS
@@ -87,13 +87,11 @@ fn embed(model: &str, texts: &str, out: &str, precision: &str) -> anyhow::Result
 
 fn nearest(vectors: &str, points: &str, dimensions: usize, out: &str, look: &str) -> anyhow::Result<()> {
     let (vectors, points) = (read(vectors)?, read(points)?);
-    let look = match look {
-        "f32" => FirstLook::F32,
-        "bf16" => FirstLook::Bf16,
-        "fastest" => FirstLook::fastest(dimensions),
-        other => bail!("`{other}` is none of `f32`, `bf16` and `fastest`"),
+    let centroids = match look {
+        "f32" => Centroids::with_first_look(FirstLook::F32, points, dimensions),
+        "fastest" => Centroids::new(points, dimensions),
+        other => bail!("`{other}` is neither `f32` nor `fastest`"),
     };
-    let centroids = Centroids::with_first_look(look, points, dimensions);
     serve(|| {
         let start = Instant::now();
         let found = centroids.nearest(&vectors);

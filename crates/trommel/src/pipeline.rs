@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::Serialize;
 use trommel_core::error::Error;
@@ -36,11 +36,6 @@ impl fmt::Display for Mistakes {
 
 impl std::error::Error for Mistakes {}
 
-/// Reads, checks and resolves a pipeline file.
-pub(crate) fn load(file: &Path, overlays: &[String], run_dir: Option<&Path>) -> Result<Plan, Mistakes> {
-    plan::load(file, overlays, run_dir, wrong_models).map_err(Mistakes)
-}
-
 /// What is wrong with the models of a pipeline, which the trainer knows, and not the spec.
 fn wrong_models(spec: &Pipeline) -> Vec<(&'static str, Error)> {
     let names = spec.train.iter().flat_map(|t| [("/train/model", Some(&t.model)), ("/train/llm", t.llm.as_ref())]);
@@ -48,8 +43,9 @@ fn wrong_models(spec: &Pipeline) -> Vec<(&'static str, Error)> {
     unknown.chain(wrong_adapters(spec).into_iter().map(|error| ("/finetune/lora", error))).collect()
 }
 
-fn load_from(arguments: &PipelineArguments) -> Result<Plan, Mistakes> {
-    load(&arguments.pipeline, &arguments.overlays, arguments.run_dir.as_deref())
+/// Reads, checks and resolves a pipeline file.
+fn load(arguments: &PipelineArguments) -> Result<Plan, Mistakes> {
+    plan::load(&arguments.pipeline, &arguments.overlays, arguments.run_dir.as_deref(), wrong_models).map_err(Mistakes)
 }
 
 fn check_sources(plan: &Plan) -> Result<(), Mistakes> {
@@ -69,7 +65,7 @@ struct RunReport {
 
 /// Runs a pipeline.
 pub(crate) fn run(arguments: &RunArguments, threads: usize, interrupt: Interrupt) -> anyhow::Result<()> {
-    let plan = load_from(&arguments.pipeline)?;
+    let plan = load(&arguments.pipeline)?;
     check_sources(&plan)?;
     let device = device::parse(&arguments.device.device)?;
     let until = arguments.until.unwrap_or(Until::Eval);
@@ -125,7 +121,7 @@ fn stage_table(stages: &[StageReport]) -> String {
 
 /// Checks a pipeline file, and the files that it names.
 pub(crate) fn check(arguments: &PipelineArguments) -> anyhow::Result<()> {
-    let plan = load_from(arguments)?;
+    let plan = load(arguments)?;
     check_sources(&plan)?;
     let files = plan.corpus.files.len();
     writeln!(
@@ -139,7 +135,7 @@ pub(crate) fn check(arguments: &PipelineArguments) -> anyhow::Result<()> {
 
 /// Shows what a run would do.
 pub(crate) fn plan(arguments: &PlanArguments) -> anyhow::Result<()> {
-    let plan = load_from(&arguments.pipeline)?;
+    let plan = load(&arguments.pipeline)?;
     let mut stages = survey(&plan)?;
     stages.extend(crate::compare::survey(&plan)?);
     let mut out = std::io::stdout().lock();
