@@ -20,7 +20,7 @@ use trommel_core::error::{Error, Result};
 use trommel_core::seed::Stream;
 
 use crate::model_folder::parse_tokenizer;
-use crate::static_table::{Counts, EMBEDDED_TOKENIZER, distinct, table_bytes, write_table};
+use crate::static_table::{Counts, EMBEDDED_TOKENIZER, Tally, table_bytes, write_table};
 use crate::text_tokens::{Memory, TextTokens};
 
 /// Directions that are followed beside those that are kept, for the accuracy of these.
@@ -88,14 +88,14 @@ struct Matrix {
 
 impl Matrix {
     fn count(texts: &[String], tokens: &TextTokens) -> Result<Matrix> {
-        let count = |memory: &mut Memory, text: &String| {
+        let count = |(memory, tally): &mut (Memory, Tally), text: &String| {
             let (mut ids, mut counted) = (Vec::new(), Vec::new());
             tokens.encode(text, memory, &mut ids)?;
-            distinct(&mut ids, &mut counted);
+            tally.count(&ids, Counts::Logarithmic, &mut counted);
             counted.retain(|(id, _)| Some(*id as usize) != tokens.unknown());
             Ok(counted)
         };
-        let counts: Vec<Vec<(u32, f32)>> = texts.par_iter().map_init(Memory::default, count).collect::<Result<_>>()?;
+        let counts: Vec<Vec<(u32, f32)>> = texts.par_iter().map_init(Default::default, count).collect::<Result<_>>()?;
         let mut containing = vec![0usize; tokens.vocabulary()];
         counts.iter().flatten().for_each(|(id, _)| containing[*id as usize] += 1);
         let inverse = |n: usize| ((1 + texts.len()) as f64 / (1 + n) as f64).ln() + 1.0;

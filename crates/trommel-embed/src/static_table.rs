@@ -1,7 +1,7 @@
 //! A table of token vectors; a text's vector is the mean of its tokens' vectors, at unit length.
 //!
-//! No token sees its neighbours, so one lookup and one addition per token is all the work. Vectors come from a sentence
-//! encoder (`crate::distill`) or a corpus (`crate::lsa`) and carry their frequency weight in their length.
+//! No token sees its neighbours, so one lookup per token and one addition per distinct token is all the work. Vectors come from
+//! a sentence encoder (`crate::distill`) or a corpus (`crate::lsa`) and carry their frequency weight in their length.
 //! `static_table.safetensors` holds
 //!
 //! | tensor    | type | shape                | row `i` belongs to the token with id `i` of `tokenizer.json` |
@@ -30,6 +30,9 @@ use crate::{Embedder, assert_shape, normalize};
 
 /// The file whose presence makes a folder a static table.
 pub const STATIC_TABLE: &str = "static_table.safetensors";
+
+/// The kind of embedder, in its key; raised when a text's vector changes in any bit.
+const KIND: &str = "static-table-2";
 
 /// Names of the two tensors.
 const VECTORS: &str = "vectors";
@@ -116,20 +119,16 @@ impl StaticTable {
             dimensions,
             vectors: vectors.data().iter().map(|byte| i8::from_le_bytes([*byte])).collect(),
             scales: tensors.floats(SCALES, &[tokens])?,
-            key: folder.key("static-table"),
+            key: folder.key(KIND),
         })
     }
 
     /// One text's vector. What `memory` holds changes the time and nothing else.
     fn embed_one(&self, text: &str, memory: &mut Memory, vector: &mut [f32]) -> Result<()> {
-        let Memory { ids, rows, tokens } = memory;
+        let Memory { ids, rows, tokens, tally } = memory;
         ids.clear();
-        rows.clear();
         self.tokens.encode(text, tokens, ids)?;
-        match self.counts {
-            Counts::Linear => rows.extend(ids.iter().map(|id| (*id, 1.0))),
-            Counts::Logarithmic => distinct(ids, rows),
-        }
+        tally.count(ids, self.counts, rows);
         rows.iter_mut().for_each(|(id, factor)| *factor *= self.scales[*id as usize]);
         vector.fill(0.0);
         embedding::add_scaled_rows(&self.vectors, rows, vector);
@@ -147,6 +146,7 @@ struct Memory {
     /// The rows of the table that its vector is the sum of, and their factors.
     rows: Vec<(u32, f32)>,
     tokens: text_tokens::Memory,
+    tally: Tally,
 }
 
 /// `static_table.safetensors` for `vectors` `(tokens, dimensions)`.
@@ -176,10 +176,38 @@ pub(crate) fn write_table(folder: &Path, tokenizer: &[u8], table: &[u8]) -> Resu
     })
 }
 
-/// Turns ids into pairs of an id and one plus the logarithm of its count, in the order of ids.
-pub(crate) fn distinct(ids: &mut [u32], counted: &mut Vec<(u32, f32)>) {
-    ids.sort_unstable();
-    counted.extend(ids.chunk_by(|a, b| a == b).map(|equal| (equal[0], 1.0 + (equal.len() as f32).ln())));
+/// How often each token occurs in a text.
+#[derive(Default)]
+pub(crate) struct Tally {
+    /// By token; zeros between texts.
+    occurrences: Vec<u32>,
+}
+
+impl Tally {
+    /// Replaces `counted` by the distinct `ids`, in the order in which they first occur, and what each counts.
+    pub(crate) fn count(&mut self, ids: &[u32], counts: Counts, counted: &mut Vec<(u32, f32)>) {
+        let tokens = ids.iter().max().map_or(0, |id| *id as usize + 1);
+        if self.occurrences.len() < tokens {
+            self.occurrences.resize(tokens, 0);
+        }
+        // Each is written, and written over if it was there before: whether it was cannot be foreseen.
+        counted.resize(ids.len(), (0, 0.0));
+        let mut distinct = 0;
+        for id in ids {
+            let occurrences = &mut self.occurrences[*id as usize];
+            counted[distinct].0 = *id;
+            distinct += usize::from(*occurrences == 0);
+            *occurrences += 1;
+        }
+        counted.truncate(distinct);
+        for (id, count) in counted {
+            let occurrences = std::mem::take(&mut self.occurrences[*id as usize]) as f32;
+            *count = match counts {
+                Counts::Linear => occurrences,
+                Counts::Logarithmic => 1.0 + occurrences.ln(),
+            };
+        }
+    }
 }
 
 impl Embedder for StaticTable {

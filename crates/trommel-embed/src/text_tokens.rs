@@ -6,15 +6,15 @@ use tokenizers::{PostProcessorWrapper, Tokenizer};
 use trommel_core::error::{Error, Result};
 
 use crate::sentence_encoder::unknown_token;
-use crate::wordpiece::WordPiece;
+use crate::wordpiece::{WordPiece, Words};
 
 /// What a thread keeps from text to text; it changes the time and nothing else.
 #[derive(Default)]
 pub(crate) struct Memory {
     /// The tokens of words that the tokenizer was asked for before.
     known: HashMap<String, Vec<u32>>,
-    /// The word at hand.
-    word: Vec<u8>,
+    /// The words of a text.
+    words: Words,
 }
 
 /// Words that are remembered until all are forgotten, some 10 MB.
@@ -52,8 +52,8 @@ impl TextTokens {
             ids.extend(self.tokens(text)?);
             return Ok(());
         };
-        let Memory { known, word } = memory;
-        words.encode(&self.tokenizer, text, word, ids, |word, ids| self.add_word(word, known, ids))
+        let Memory { known, words: of_text } = memory;
+        words.encode(&self.tokenizer, text, of_text, ids, |word, ids| self.add_word(word, known, ids))
     }
 
     /// Appends the tokens of a word that [`WordPiece`] does not take.

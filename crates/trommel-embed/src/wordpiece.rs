@@ -20,6 +20,8 @@ use trommel_core::error::Result;
 const NUMBER_BYTES: usize = 16;
 /// Bytes at the head of a word by which the lengths of its pieces are looked up.
 const HEAD_BYTES: usize = 3;
+/// What ends a word, among letters.
+const SPACE: u8 = b' ';
 /// Characters of the table: those of the Basic Multilingual Plane.
 const TABLE_CHARACTERS: usize = 1 << 16;
 
@@ -32,7 +34,7 @@ pub(crate) struct WordPiece {
     unknown: u32,
     /// Characters of the longest word that is not unknown.
     longest_word: usize,
-    /// The letter that a byte of ASCII becomes, or zero.
+    /// The letter that a byte of ASCII becomes, [`SPACE`] if that is one, or zero.
     letters: [u8; 256],
     /// By code point; each is asked for when it is met.
     characters: Vec<OnceLock<Character>>,
@@ -74,6 +76,7 @@ impl WordPiece {
         }
         let letter = |byte: u8| match Character::of(tokenizer, char::from(byte)) {
             Character::Part(part) if byte.is_ascii() && part.len() == 1 => part[0],
+            Character::Space if byte.is_ascii() => SPACE,
             _ => 0,
         };
         Some(WordPiece {
@@ -87,51 +90,67 @@ impl WordPiece {
     }
 
     /// Appends the ids of `text`. Words with characters that are not in the table go to `other`. `tokenizer` is the one whose
-    /// pieces these are, and `word` is memory.
+    /// pieces these are.
     pub(crate) fn encode(
         &self,
         tokenizer: &Tokenizer,
         text: &str,
-        word: &mut Vec<u8>,
+        words: &mut Words,
         ids: &mut Vec<u32>,
         mut other: impl FnMut(&str, &mut Vec<u32>) -> Result<()>,
     ) -> Result<()> {
-        word.clear();
+        words.clear();
         let mut rest = text;
-        // Where the word begins, in the text and in the ids.
-        let mut begun = (text, ids.len());
-        while !rest.is_empty() {
-            let letters = rest.bytes().map(|byte| self.letters[usize::from(byte)]).take_while(|letter| *letter != 0);
-            let before = word.len();
-            word.extend(letters);
-            rest = &rest[word.len() - before..];
+        loop {
+            rest = &rest[words.take(rest.as_bytes(), &self.letters)..];
             let mut characters = rest.chars();
             let Some(character) = characters.next() else { break };
             rest = characters.as_str();
             match self.character(tokenizer, character) {
-                Character::Removed => continue,
-                Character::Part(part) => {
-                    word.extend_from_slice(part);
-                    continue;
-                }
-                Character::Space => self.end_word(word, ids),
+                Character::Removed => {}
+                Character::Part(part) => words.add(part),
+                Character::Space => words.end(),
                 Character::Word(tokens) => {
-                    self.end_word(word, ids);
-                    ids.extend_from_slice(tokens);
+                    words.end();
+                    words.tokens.extend(tokens.iter().map(|token| (words.count, *token)));
                 }
                 Character::Other => {
-                    let (from, tokens) = begun;
-                    let is_border = |next| matches!(self.character(tokenizer, next), Character::Space | Character::Word(_));
+                    let is_border = |other| matches!(self.character(tokenizer, other), Character::Space | Character::Word(_));
+                    let before = &text[..text.len() - rest.len() - character.len_utf8()];
+                    let begins = before.len() - before.rsplit(is_border).next().map_or(0, str::len);
                     rest = &rest[rest.find(is_border).unwrap_or(rest.len())..];
-                    word.clear();
-                    ids.truncate(tokens);
-                    other(&from[..from.len() - rest.len()], ids)?;
+                    words.filled = words.ended;
+                    self.look_up(words, ids);
+                    other(&text[begins..text.len() - rest.len()], ids)?;
                 }
             }
-            begun = (rest, ids.len());
         }
-        self.end_word(word, ids);
+        words.end();
+        self.look_up(words, ids);
         Ok(())
+    }
+
+    /// Appends the ids of `words` and clears them.
+    fn look_up(&self, words: &mut Words, ids: &mut Vec<u32>) {
+        let Words { letters, ends, count, tokens, whole, .. } = words;
+        let starts = std::iter::once(&0).chain(&*ends);
+        let parts = starts.zip(&ends[..*count]).map(|(start, end)| (&letters[*start..], end - start));
+        // Most words are one piece. These are looked up first, without a condition to wait for: the processor then has several of
+        // them on their way from memory.
+        whole.clear();
+        whole.extend(parts.clone().map(|(word, len)| self.first.whole(word, len).filter(|_| len <= self.longest_word)));
+        let mut tokens = tokens.iter().peekable();
+        for (before, ((word, len), whole)) in parts.zip(&*whole).enumerate() {
+            while let Some((_, token)) = tokens.next_if(|(words, _)| *words == before) {
+                ids.push(*token);
+            }
+            match whole {
+                Some(id) => ids.push(*id),
+                None => self.add_pieces(word, len, ids),
+            }
+        }
+        ids.extend(tokens.map(|(_, token)| token));
+        words.clear();
     }
 
     fn character(&self, tokenizer: &Tokenizer, character: char) -> &Character {
@@ -139,12 +158,11 @@ impl WordPiece {
         slot.map_or(&Character::Other, |slot| slot.get_or_init(|| Character::of(tokenizer, character)))
     }
 
-    /// Appends the longest piece that begins the word, then the longest that continues it, and so on, or the unknown token if
-    /// no piece does, and clears the word. [Wu et al., arXiv 1609.08144]
-    fn end_word(&self, word: &mut Vec<u8>, ids: &mut Vec<u32>) {
-        let (start, len) = (ids.len(), word.len());
-        let is_long = len > self.longest_word && count_characters(word) > self.longest_word;
-        word.extend_from_slice(&[0; NUMBER_BYTES]);
+    /// Appends the longest piece that begins the word of `len` bytes, then the longest that continues it, and so on, or the unknown
+    /// token if no piece does. [Wu et al., arXiv 1609.08144]
+    fn add_pieces(&self, word: &[u8], len: usize, ids: &mut Vec<u32>) {
+        let start = ids.len();
+        let is_long = len > self.longest_word && count_characters(&word[..len]) > self.longest_word;
         let (mut pieces, mut at) = (&self.first, 0);
         while at < len {
             let Some((piece, id)) = pieces.longest(&word[at..], len - at).filter(|_| !is_long) else {
@@ -156,7 +174,81 @@ impl WordPiece {
             at += piece;
             pieces = &self.later;
         }
-        word.clear();
+    }
+}
+
+/// The words of a text, before they are looked up.
+#[derive(Default)]
+pub(crate) struct Words {
+    /// Of all words, one after the other. What lies behind the first `filled` is left over, and at least as much as a piece.
+    letters: Vec<u8>,
+    filled: usize,
+    /// Where words end in `letters`; as many as `count`.
+    ends: Vec<usize>,
+    count: usize,
+    /// Where the last word has ended.
+    ended: usize,
+    /// Tokens that are not looked up, and how many words lie before each.
+    tokens: Vec<(usize, u32)>,
+    /// The ids of words that are one piece.
+    whole: Vec<Option<u32>>,
+}
+
+impl Words {
+    fn clear(&mut self) {
+        (self.filled, self.count, self.ended) = (0, 0, 0);
+        self.tokens.clear();
+    }
+
+    /// Takes the bytes that `letters` has at the head of a text, and returns their number. There is no condition on whether one is
+    /// a space, because the processor cannot foresee where a word ends.
+    fn take(&mut self, text: &[u8], letters: &[u8; 256]) -> usize {
+        self.reserve(text.len());
+        let (mut filled, mut count, mut ended) = (self.filled, self.count, self.ended);
+        let (out, ends) = (&mut self.letters[..], &mut self.ends[..]);
+        let mut taken = text.len();
+        for (at, byte) in text.iter().enumerate() {
+            let letter = letters[usize::from(*byte)];
+            if letter == 0 {
+                taken = at;
+                break;
+            }
+            let is_letter = letter != SPACE;
+            out[filled] = letter;
+            filled += usize::from(is_letter);
+            ends[count] = filled;
+            count += usize::from(!is_letter & (filled > ended));
+            ended = if is_letter { ended } else { filled };
+        }
+        (self.filled, self.count, self.ended) = (filled, count, ended);
+        taken
+    }
+
+    /// Makes room for so many bytes, each of which may end a word, and for the last word's end.
+    fn reserve(&mut self, bytes: usize) {
+        let letters = self.filled + bytes + NUMBER_BYTES;
+        if self.letters.len() < letters {
+            self.letters.resize(letters, 0);
+        }
+        if self.ends.len() < self.count + bytes + 1 {
+            self.ends.resize(self.count + bytes + 1, 0);
+        }
+    }
+
+    /// Adds to the word at hand.
+    fn add(&mut self, part: &[u8]) {
+        self.reserve(part.len());
+        self.letters[self.filled..self.filled + part.len()].copy_from_slice(part);
+        self.filled += part.len();
+    }
+
+    /// Ends the word at hand, if it has any letter.
+    fn end(&mut self) {
+        if self.filled > self.ended {
+            self.ends[self.count] = self.filled;
+            self.count += 1;
+            self.ended = self.filled;
+        }
     }
 }
 
@@ -248,6 +340,15 @@ impl Pieces {
         }
     }
 
+    /// The id of the whole `word`, of `len` bytes and at least 16 more, if it is a piece of at most 16 bytes.
+    fn whole(&self, word: &[u8], len: usize) -> Option<u32> {
+        let number = u128::from_le_bytes(*word.first_chunk()?);
+        if len > NUMBER_BYTES {
+            return None;
+        }
+        self.numbers.get(&(number & (u128::MAX >> (128 - 8 * len)))).copied()
+    }
+
     /// The longest piece that begins `word`, of `len` bytes and at least 16 more, and its id.
     fn longest(&self, word: &[u8], len: usize) -> Option<(usize, u32)> {
         for piece in (NUMBER_BYTES + 1..=len.min(self.longest)).rev() {
@@ -302,13 +403,15 @@ mod tests {
     /// The ids of a text, and how many of its words were not taken.
     fn encode(fast: &WordPiece, tokenizer: &Tokenizer, text: &str) -> (Vec<u32>, usize) {
         let (mut ids, mut others) = (vec![7], 0);
+        let left_over = b"left over".to_vec();
+        let mut words = Words { letters: left_over, filled: 7, count: 2, ended: 4, tokens: vec![(1, 9)], ..Words::default() };
         let other = |word: &str, ids: &mut Vec<u32>| {
             assert!(!word.contains(' '), "{word}");
             others += 1;
             ids.extend(tokenizer.encode_fast(word, false).unwrap().get_ids());
             Ok(())
         };
-        fast.encode(tokenizer, text, &mut b"left over".to_vec(), &mut ids, other).unwrap();
+        fast.encode(tokenizer, text, &mut words, &mut ids, other).unwrap();
         assert_eq!(ids.remove(0), 7);
         (ids, others)
     }

@@ -10,7 +10,7 @@ use trommel_core::error::Result;
 use trommel_core::schema::{assignments, embedding_type};
 
 use crate::cluster::tree::Tree;
-use crate::embed::numbers;
+use crate::embed::append_numbers;
 use crate::engine::Engine;
 use crate::outputs::Unit;
 
@@ -33,7 +33,8 @@ pub fn nearest_cluster_function(tree: &Arc<Tree>) -> ScalarUDF {
     let returns = DataType::Struct(fields.clone());
     let compute = move |arguments: &[ColumnarValue]| {
         let columns = ColumnarValue::values_to_arrays(arguments)?;
-        let vectors = numbers(&columns[0]).map_err(|e| DataFusionError::External(Box::new(e)))?;
+        let mut vectors = Vec::new();
+        append_numbers(&columns[0], &mut vectors).map_err(|e| DataFusionError::External(Box::new(e)))?;
         let found = tree.assign(&vectors);
         let columns: Vec<ArrayRef> = vec![
             Arc::new(UInt32Array::from_iter_values(found.iter().map(|a| a.cluster_id))),

@@ -223,14 +223,15 @@ fn embed_function(embedder: &Arc<dyn Embedder>) -> ScalarUDF {
     create_udf("embed", vec![DataType::Utf8View], embedding_type(dimensions), Volatility::Immutable, Arc::new(compute))
 }
 
-/// The numbers of a column of embeddings, `(rows, dimensions)`.
-pub fn numbers(column: &ArrayRef) -> Result<Vec<f32>> {
+/// Appends the numbers of a column of embeddings, `(rows, dimensions)`.
+pub fn append_numbers(column: &ArrayRef, numbers: &mut Vec<f32>) -> Result<()> {
     let values = column.as_fixed_size_list_opt().and_then(|l| l.values().as_primitive_opt::<Float16Type>());
     let values = values.ok_or_else(|| Error::internal("embeddings have an unexpected type"))?;
-    let mut numbers = vec![0.0; values.len()];
-    values.values().convert_to_f32_slice(&mut numbers);
-    match numbers.iter().all(|x| x.is_finite()) {
-        true => Ok(numbers),
+    let before = numbers.len();
+    numbers.resize(before + values.len(), 0.0);
+    values.values().convert_to_f32_slice(&mut numbers[before..]);
+    match numbers[before..].iter().all(|x| x.is_finite()) {
+        true => Ok(()),
         false => Err(Error::internal("the embedding model gave a number that is not finite")),
     }
 }

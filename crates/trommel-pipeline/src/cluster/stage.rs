@@ -10,7 +10,7 @@ use trommel_core::error::{Error, Result};
 use trommel_spec::pipeline::Pipeline;
 
 use crate::cluster::tree::{Node, Settings, Tree, fit};
-use crate::embed::{numbers, priority_function};
+use crate::embed::{append_numbers, priority_function};
 use crate::engine::{Engine, Written, write_parquet};
 use crate::outputs::Outputs;
 
@@ -49,12 +49,11 @@ fn sample(engine: &Engine, outputs: &Outputs, spec: &Pipeline, windows: u64) -> 
     let (mut priorities, mut vectors, mut dimensions) = (Vec::<u64>::new(), Vec::new(), 1);
     for batch in engine.stream(engine.query(&session, &sql)?)? {
         let batch = batch?;
-        let numbers = numbers(batch.column(1))?;
-        if vectors.is_empty() && batch.num_rows() > 0 {
-            dimensions = numbers.len() / batch.num_rows();
+        if vectors.is_empty() {
+            dimensions = batch.column(1).as_fixed_size_list().value_length() as usize;
             vectors.reserve_exact(windows.min((limit as f64 * 1.2) as u64 + 2000) as usize * dimensions);
         }
-        vectors.extend(numbers);
+        append_numbers(batch.column(1), &mut vectors)?;
         priorities.extend(batch.column(0).as_primitive::<UInt64Type>().values());
     }
     let row = |i: u32| &vectors[i as usize * dimensions..][..dimensions];

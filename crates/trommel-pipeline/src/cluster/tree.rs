@@ -102,11 +102,12 @@ impl Growth<'_> {
             stream: Stream::new(self.settings.seed, name),
         };
         let children = kmeans::fit(sample, self.dimensions, &settings);
-        let members = kmeans::members(&children.nearest(sample), children.count());
         let is_leaf = level as usize == self.settings.levels.len();
-        for (child, (centroid, rows)) in children.points().chunks_exact(self.dimensions).zip(members).enumerate() {
+        let members = (!is_leaf).then(|| kmeans::members(&children.nearest(sample), children.count()));
+        for (child, centroid) in children.points().chunks_exact(self.dimensions).enumerate() {
+            let rows = members.as_ref().map(|members| &members[child]);
             // The last move of the centroids can leave one without a row; nothing would ever grow below it.
-            if rows.is_empty() && !is_leaf {
+            if rows.is_some_and(Vec::is_empty) {
                 continue;
             }
             let cluster_id = if is_leaf {
@@ -116,7 +117,7 @@ impl Growth<'_> {
                 u32::MAX - self.nodes.iter().filter(|n| n.level < self.settings.levels.len() as u32).count() as u32
             };
             self.nodes.push(Node { cluster_id, parent_id, level, centroid: centroid.to_vec() });
-            if !is_leaf {
+            if let Some(rows) = rows {
                 let rows: Vec<f32> =
                     rows.iter().flat_map(|&r| &sample[r as usize * self.dimensions..][..self.dimensions]).copied().collect();
                 self.grow(&rows, Some(cluster_id), level + 1, &format!("{name}/{child}"));
