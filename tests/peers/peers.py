@@ -133,10 +133,20 @@ def take_least(times):
     return best
 
 
+def processor():
+    """What /proc/cpuinfo says of the last CPU, and those of its instructions that decide a row."""
+    cpu = dict(line.split(":", 1) for line in open("/proc/cpuinfo").read().replace("\t", "").splitlines() if ":" in line)
+    return cpu, [name for name in ["avx2", "avx512f", "avx512_bf16", "amx_bf16"] if name in cpu["flags"].split()]
+
+
+def multiplies_bf16():
+    """Whether the processor has instructions for bf16."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(processor()[1]))
+
+
 def machine(packages):
     """The machine, and the versions of the peer's packages."""
-    cpu = dict(line.split(":", 1) for line in open("/proc/cpuinfo").read().replace("\t", "").splitlines() if ":" in line)
-    instructions = [name for name in ["avx2", "avx512f", "avx512_bf16", "amx_bf16"] if name in cpu["flags"].split()]
+    cpu, instructions = processor()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     parts = [f"{cpu['model name'].strip()} (family {cpu['cpu family'].strip()}, model {cpu['model'].strip()})",
              f"{arguments.threads} of {os.cpu_count()} CPUs", " ".join(instructions), f"{memory:.0f} GiB", platform.system(),

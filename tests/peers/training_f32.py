@@ -12,24 +12,24 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_":
 BATCH, CONTEXT, STEPS = size((16, 256, 3), (2, 16, 1))
 
 
-def ours(precision):
+def ours(precision, batch=BATCH):
     """What `trommel-bench` says of a round, after one that does not count."""
-    process = Ours("train", VOCABULARY, BATCH, CONTEXT, precision, STEPS, arguments.threads)
+    process = Ours("train", VOCABULARY, batch, CONTEXT, precision, STEPS, arguments.threads)
     process.round()
     said = process.round()
     process.quit()
     return said
 
 
-def peer(precision, way, settings):
+def peer(precision, way, settings, batch=BATCH):
     """The same of PyTorch; `way` is eager or compiled, `settings` are variables of its environment."""
     program = pathlib.Path(__file__).with_name("decoder.py")
-    command = [sys.executable, program, precision, way, *map(str, [BATCH, CONTEXT, STEPS, arguments.threads])]
+    command = [sys.executable, program, precision, way, *map(str, [batch, CONTEXT, STEPS, arguments.threads])]
     done = subprocess.run(command, check=True, env=os.environ | settings, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
 
 
-def compare_training(row, unit, precision, way, settings, cost, **parameters):
+def compare_training(row, unit, precision, way, settings, cost, batch=BATCH, **parameters):
     """A row whose rounds cost what `cost` takes of what a process said."""
     losses = {}
 
@@ -43,15 +43,15 @@ def compare_training(row, unit, precision, way, settings, cost, **parameters):
         note(f"loss: ours {losses['ours']:.4f}, peer {losses['peer']:.4f}, ln(vocabulary) {math.log(VOCABULARY):.4f}")
         return abs(losses["ours"] / losses["peer"] - 1) <= 0.02
 
-    compare(row, unit, lambda: side("ours", lambda: ours(precision)),
-            lambda: side("peer", lambda: peer(precision, way, settings)), agree=same_loss, packages=["torch"], **parameters)
+    compare(row, unit, lambda: side("ours", lambda: ours(precision, batch)),
+            lambda: side("peer", lambda: peer(precision, way, settings, batch)), agree=same_loss, packages=["torch"], **parameters)
 
 
-def run(precision, floor, goal):
-    way = take_least({way: min(peer(precision, way, KEEP_MEMORY)["seconds"] for _ in range(size(3, 1)))
+def run(precision, floor, goal, batch=BATCH):
+    way = take_least({way: min(peer(precision, way, KEEP_MEMORY, batch)["seconds"] for _ in range(size(3, 1)))
                       for way in ["eager", "compiled"]})
     compare_training(f"training {precision}", "tokens/s", precision, way, KEEP_MEMORY, lambda said: said["seconds"],
-                     floor=floor, goal=goal, figure=lambda cost: BATCH * CONTEXT * STEPS / cost)
+                     batch=batch, floor=floor, goal=goal, figure=lambda cost: batch * CONTEXT * STEPS / cost)
 
 
 if __name__ == "__main__":

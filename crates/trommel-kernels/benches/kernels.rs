@@ -9,7 +9,6 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use trommel_kernels::adamw::{self, Factors};
 use trommel_kernels::attention::{self, Shape};
 use trommel_kernels::cross_entropy::{self, Output};
-use trommel_kernels::isa::Isa;
 use trommel_kernels::matmul::{Matrix, MatrixMut, Target};
 use trommel_kernels::nearest::{Centroids, FirstLook};
 use trommel_kernels::panels::{Panels, Precision};
@@ -115,10 +114,9 @@ fn nearest(criterion: &mut Criterion) {
     let (vectors, points) = (numbers(rows * dimensions), numbers(count * dimensions));
     let mut group = criterion.benchmark_group("nearest centroid");
     group.throughput(Throughput::Elements(2 * (rows * count * dimensions) as u64));
-    let int8 = Some(("int8", FirstLook::Int8)).filter(|_| Isa::current() >= Isa::Avx512Vnni);
-    for (name, look) in [("f32", FirstLook::F32), ("bf16", FirstLook::Bf16)].into_iter().chain(int8) {
+    for look in FirstLook::all(dimensions) {
         let centroids = Centroids::with_first_look(look, points.clone(), dimensions);
-        group.bench_function(name, |bencher| bencher.iter(|| centroids.nearest(black_box(&vectors))));
+        group.bench_function(format!("{look:?}"), |bencher| bencher.iter(|| centroids.nearest(black_box(&vectors))));
     }
     group.finish();
 }

@@ -161,16 +161,16 @@ impl Default for Scratch {
 
 impl Scratch {
     fn new(precision: Precision) -> Self {
-        let (narrow, wide) = (|| Panels::narrow(precision), || Panels::wide(precision));
+        let narrow = || Panels::narrow(precision);
         Scratch {
             precision,
             key_panels: narrow(),
             value_panels: narrow(),
             query_panels: narrow(),
             gradient_panels: narrow(),
-            queries: wide(),
-            gradients: wide(),
-            shares: wide(),
+            queries: Panels::new(precision),
+            gradients: Panels::new(precision),
+            shares: Panels::wide(precision),
             share_rows: Rows::new(precision),
             out_row: Lines::default(),
             out_dots: Lines::default(),

@@ -1,5 +1,5 @@
-//! Which instructions our kernels use: found once, and lowered by `TROMMEL_ISA`. The gemm crate, which multiplies below AVX-512,
-//! chooses its own.
+//! Which instructions our kernels use: found once, and lowered by `TROMMEL_ISA`. The gemm crate, which multiplies where no
+//! tile does, chooses its own.
 
 use std::sync::OnceLock;
 

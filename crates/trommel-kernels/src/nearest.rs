@@ -19,8 +19,10 @@ use crate::matmul::{Matrix, MatrixMut, Target};
 use crate::panels::{Panels, Precision};
 use crate::vectorize::{LANES, dot, fold, vectorized};
 
-/// The first look in 8-bit integers.
-mod bytes;
+/// The first look in whole numbers.
+mod integers;
+
+use integers::Format;
 
 /// Rows of a block.
 const ROWS: usize = 128;
@@ -36,16 +38,27 @@ pub enum FirstLook {
     Bf16,
     /// Rounded to 8-bit integers, each vector on a scale of its own; for `Isa::Avx512Vnni` and above.
     Int8,
+    /// The same with integers of at most 16 bits, for `Isa::Avx2` and above.
+    Int16,
 }
 
 impl FirstLook {
+    /// Those that the processor has for vectors of so many dimensions.
+    pub fn all(dimensions: usize) -> Vec<FirstLook> {
+        let integers = [(FirstLook::Int8, Format::Int8), (FirstLook::Int16, Format::Int16)];
+        let integers = integers.into_iter().filter(|(_, format)| format.fits(dimensions)).map(|(look, _)| look);
+        [FirstLook::F32, FirstLook::Bf16].into_iter().chain(integers).collect()
+    }
+
     /// The fastest for the processor and vectors of so many dimensions.
     fn fastest(dimensions: usize) -> FirstLook {
         match Isa::current() {
             // Tiles multiply several times as many pairs as registers multiply bytes.
             Isa::Amx => FirstLook::Bf16,
-            isa if isa >= Isa::Avx512Vnni && dimensions <= bytes::DIMENSIONS_MAX => FirstLook::Int8,
+            _ if Format::Int8.fits(dimensions) => FirstLook::Int8,
             isa if isa >= Isa::Avx512Bf16 => FirstLook::Bf16,
+            // In AVX-512 they are no faster than floats.
+            Isa::Avx2 if Format::Int16.fits(dimensions) => FirstLook::Int16,
             _ => FirstLook::F32,
         }
     }
@@ -65,6 +78,7 @@ pub struct Centroids {
     points: Vec<f32>,
     squared_norms: Vec<f32>,
     dimensions: usize,
+    look: FirstLook,
     rounded: Rounded,
     sizes: Vec<Size>,
     /// The longest centroid, and the longest difference between a centroid and what it is rounded to.
@@ -76,7 +90,7 @@ pub struct Centroids {
 enum Rounded {
     /// Blocks of (dimensions, `COLUMNS`) each.
     Floats(Vec<Panels>, Precision),
-    Bytes(bytes::Panels),
+    Integers(integers::Panels),
 }
 
 /// Length of a vector, and of what rounding takes from it.
@@ -135,7 +149,7 @@ impl Found<'_> {
 #[derive(Debug, Default)]
 struct Scratch {
     scores: Vec<f32>,
-    rows: bytes::Rows,
+    rows: integers::Rows,
 }
 
 /// A centroid that may be the nearest.
@@ -158,11 +172,9 @@ impl Centroids {
     /// `points` is `(centroids, dimensions)`, with at least one centroid, and of finite squared lengths. Vectors far below 1e-15 are
     /// told apart only as far as their squares are normal numbers.
     pub fn new(points: Vec<f32>, dimensions: usize) -> Self {
-        let mut look = FirstLook::fastest(dimensions);
-        let mut centroids = Self::with_first_look(look, points, dimensions);
+        let mut centroids = Self::with_first_look(FirstLook::fastest(dimensions), points, dimensions);
         while centroids.leaves_many() {
-            look = look.with_more_bits();
-            centroids = Self::with_first_look(look, centroids.points, dimensions);
+            centroids = Self::with_first_look(centroids.look.with_more_bits(), centroids.points, dimensions);
         }
         centroids
     }
@@ -190,14 +202,12 @@ impl Centroids {
         let (rounded, sizes) = match look {
             FirstLook::F32 => Self::in_floats(Precision::F32, &points, dimensions),
             FirstLook::Bf16 => Self::in_floats(Precision::Bf16, &points, dimensions),
-            FirstLook::Int8 => {
-                let (panels, sizes) = bytes::Panels::new(&points, dimensions);
-                (Rounded::Bytes(panels), sizes)
-            }
+            FirstLook::Int8 => Self::in_integers(Format::Int8, &points, dimensions),
+            FirstLook::Int16 => Self::in_integers(Format::Int16, &points, dimensions),
         };
         let squared_norms = sizes.iter().map(|size| size.squared_norm).collect();
         let largest = Size::largest(&sizes);
-        Centroids { points, squared_norms, dimensions, rounded, sizes, largest }
+        Centroids { points, squared_norms, dimensions, look, rounded, sizes, largest }
     }
 
     fn in_floats(precision: Precision, points: &[f32], dimensions: usize) -> (Rounded, Vec<Size>) {
@@ -208,6 +218,11 @@ impl Centroids {
         });
         let sizes = points.chunks_exact(dimensions).map(|point| Size::of(point, precision)).collect();
         (Rounded::Floats(blocks.collect(), precision), sizes)
+    }
+
+    fn in_integers(format: Format, points: &[f32], dimensions: usize) -> (Rounded, Vec<Size>) {
+        let (panels, sizes) = integers::Panels::new(format, points, dimensions);
+        (Rounded::Integers(panels), sizes)
     }
 
     /// Number of centroids.
@@ -242,7 +257,7 @@ impl Centroids {
     pub fn closer(&self, vectors: &[f32], limits: &[f32]) -> Vec<Vec<Nearest>> {
         assert!(vectors.len().is_multiple_of(self.dimensions) && limits.len() == self.count(), "a wrong shape");
         let rows = vectors.len() / self.dimensions;
-        let mut packed = bytes::Rows::default();
+        let mut packed = integers::Rows::default();
         let sizes = self.sizes(vectors, &mut packed);
         let reach: Vec<f32> = sizes.into_iter().map(|size| self.reach(size)).collect();
         let of_block = |first: usize| {
@@ -265,13 +280,13 @@ impl Centroids {
         (0..rows).map(|row| blocks.iter().flat_map(|found| &found[row]).copied().collect()).collect()
     }
 
-    /// The sizes of `vectors`, rounded as centroids are. Bytes go to `packed`; products of others round by themselves.
-    fn sizes(&self, vectors: &[f32], packed: &mut bytes::Rows) -> Vec<Size> {
+    /// The sizes of `vectors`, rounded as centroids are. Whole numbers go to `packed`; products of others round by themselves.
+    fn sizes(&self, vectors: &[f32], packed: &mut integers::Rows) -> Vec<Size> {
         match &self.rounded {
             Rounded::Floats(_, precision) => {
                 vectors.chunks_exact(self.dimensions).map(|vector| Size::of(vector, *precision)).collect()
             }
-            Rounded::Bytes(_) => packed.pack(vectors, self.dimensions),
+            Rounded::Integers(panels) => panels.pack(packed, vectors, self.dimensions),
         }
     }
 
@@ -279,14 +294,14 @@ impl Centroids {
     fn score(
         &self,
         vectors: &[f32],
-        packed: &bytes::Rows,
+        packed: &integers::Rows,
         first: usize,
         norms: &[f32],
         scores: &mut Vec<f32>,
         found: &mut Found<'_>,
     ) {
         let blocks = match &self.rounded {
-            Rounded::Bytes(panels) => return panels.score(packed, first, norms, found),
+            Rounded::Integers(panels) => return panels.score(packed, first, norms, found),
             Rounded::Floats(blocks, _) => blocks,
         };
         let rows = vectors.len() / self.dimensions;
@@ -336,7 +351,7 @@ impl Centroids {
     /// How far the score of a centroid can be from the exact one.
     fn bound(&self, vector: Size, centroid: Size) -> f32 {
         // A sum of n numbers in f32, in whatever order, is off by at most n roundings of the sum of their magnitudes. So is the exact
-        // one, and `EPSILON` is two of them. A sum of bytes is off by nothing, and multiplied by two scales.
+        // one, and `EPSILON` is two of them. A sum of whole numbers is off by nothing, is rounded, and multiplied by two scales.
         let lengths = (vector.norm + centroid.norm) * centroid.norm;
         2.0 * (rounding(vector, centroid) + (self.dimensions + 4) as f32 * f32::EPSILON * lengths)
     }
@@ -447,17 +462,11 @@ mod tests {
     use super::*;
     use crate::probe::numbers;
 
-    /// The first looks that this processor has.
-    fn looks() -> Vec<FirstLook> {
-        let all = [FirstLook::F32, FirstLook::Bf16, FirstLook::Int8];
-        all.into_iter().filter(|look| *look != FirstLook::Int8 || Isa::current() >= Isa::Avx512Vnni).collect()
-    }
-
     #[test]
     fn nearest_equals_the_naive_search_at_odd_sizes() {
         for (rows, count, dimensions) in [(1, 1, 1), (3, 2, 5), (130, 513, 33), (257, 1030, 64), (0, 4, 8)] {
             let (vectors, points) = (numbers(rows * dimensions, 1), numbers(count * dimensions, 99));
-            for look in looks() {
+            for look in FirstLook::all(1) {
                 let found = Centroids::with_first_look(look, points.clone(), dimensions).nearest(&vectors);
                 assert_eq!(found.len(), rows);
                 for (found, vector) in found.iter().zip(vectors.chunks_exact(dimensions)) {
@@ -484,7 +493,7 @@ mod tests {
                 let limits: Vec<f32> = (0..count).map(limit).collect();
                 let of = |i: usize| Nearest { index: i as u32, squared_distance: distance(i) };
                 let wanted: Vec<Nearest> = (0..count).filter(|i| i % 3 > 0).map(of).collect();
-                for look in looks() {
+                for look in FirstLook::all(1) {
                     let centroids = Centroids::with_first_look(look, points.clone(), dimensions);
                     assert_eq!(
                         centroids.closer(&[vector.clone(), vector.clone()].concat(), &limits),
@@ -512,7 +521,7 @@ mod tests {
             .map(|(i, x)| (base[i % dimensions] + 1e-3 * x) * [1.0, 0.0, 40.0, 1e-6][i / dimensions % 4])
             .collect();
         let found = |look| Centroids::with_first_look(look, points.clone(), dimensions).nearest(&vectors);
-        for look in looks() {
+        for look in FirstLook::all(1) {
             assert!(found(look) == found(FirstLook::F32), "{look:?}");
         }
     }
@@ -532,7 +541,7 @@ mod tests {
                     let vectors = scaled(200, 2, of_vectors);
                     (centroids.nearest(&vectors), centroids.closer(&vectors, &vec![1.0; count]).len())
                 };
-                for look in looks() {
+                for look in FirstLook::all(1) {
                     let (found, expected) = (found(look), found(FirstLook::F32));
                     assert!(of_points.max(of_vectors) > 1e18 || found == expected, "{look:?} {count} {of_points} {of_vectors}");
                 }
@@ -546,11 +555,7 @@ mod tests {
         let look = |change: &dyn Fn(&mut [f32])| {
             let mut points = numbers(count * dimensions, 1);
             points.chunks_exact_mut(dimensions).for_each(change);
-            match Centroids::new(points, dimensions).rounded {
-                Rounded::Bytes(_) => FirstLook::Int8,
-                Rounded::Floats(_, Precision::Bf16) => FirstLook::Bf16,
-                Rounded::Floats(_, Precision::F32) => FirstLook::F32,
-            }
+            Centroids::new(points, dimensions).look
         };
         let fastest = FirstLook::fastest(dimensions);
         assert_eq!(look(&|_| {}), fastest);

@@ -8,8 +8,8 @@
 //! that one instruction multiplies and adds twice as many numbers; the left operand is rounded and paired too, once per
 //! product or, as `Rows`, once for several. Sums are `f32` in both.
 //!
-//! Below AVX-512 the gemm crate, which chooses its own instructions, multiplies with each panel that no tile is made for; where no instruction
-//! multiplies pairs, the numbers are `f32` that were rounded to `bf16`.
+//! Below AVX2 the gemm crate, which chooses its own instructions, multiplies with each panel. Where no instruction multiplies
+//! pairs, the numbers are `f32` that were rounded to `bf16`.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -54,18 +54,23 @@ thread_local! {
 impl Panels {
     /// Without content, for numbers of this precision.
     pub fn new(precision: Precision) -> Panels {
-        let isa = Isa::current();
-        Self::for_level(isa, precision, if isa == Isa::Avx2 { Width::Slim } else { Width::Wide })
+        Self::with_width(Width::Wide, precision)
     }
 
-    /// [`Panels::new`] with panels of 64 columns at every level.
+    /// [`Panels::new`] with panels of 64 columns at every level, for [`Panels::turned`].
     pub(crate) fn wide(precision: Precision) -> Panels {
         Self::for_level(Isa::current(), precision, Width::Wide)
     }
 
-    /// [`Panels::new`] with panels of 32 columns at every level, for products with few columns.
+    /// [`Panels::new`] for products with few columns.
     pub(crate) fn narrow(precision: Precision) -> Panels {
-        Self::for_level(Isa::current(), precision, Width::Narrow)
+        Self::with_width(Width::Narrow, precision)
+    }
+
+    /// Panels of this width, or of the one that AVX2's tiles are made for.
+    fn with_width(width: Width, precision: Precision) -> Panels {
+        let isa = Isa::current();
+        Self::for_level(isa, precision, if isa == Isa::Avx2 { Width::Slim } else { width })
     }
 
     fn for_level(isa: Isa, precision: Precision, width: Width) -> Panels {
@@ -321,7 +326,12 @@ fn fill(panel: usize, width: usize, numbers: &mut [f32], right: Matrix<'_>) {
         let (numbers, rest) = numbers.split_at_mut(columns);
         let source = &source[row * right.row_stride..];
         if right.column_stride == 1 {
-            numbers.copy_from_slice(&source[..columns]);
+            let source = &source[..columns];
+            // Of so few numbers as a slim panel has, the call of a function that copies any number costs more than the copy.
+            match (<&mut [f32; 16]>::try_from(&mut *numbers), source.try_into()) {
+                (Ok(numbers), Ok(source)) => *numbers = source,
+                _ => numbers.copy_from_slice(source),
+            }
         } else {
             for (column, number) in numbers.iter_mut().enumerate() {
                 *number = source[column * right.column_stride];
