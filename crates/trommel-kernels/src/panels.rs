@@ -54,7 +54,7 @@ thread_local! {
 impl Panels {
     /// Without content, for numbers of this precision.
     pub fn new(precision: Precision) -> Panels {
-        Self::with_width(Width::Wide, precision)
+        Self::for_level(Isa::current(), precision, Width::Wide.at(Isa::current()))
     }
 
     /// [`Panels::new`] with panels of 64 columns at every level, for [`Panels::turned`].
@@ -64,13 +64,7 @@ impl Panels {
 
     /// [`Panels::new`] for products with few columns.
     pub(crate) fn narrow(precision: Precision) -> Panels {
-        Self::with_width(Width::Narrow, precision)
-    }
-
-    /// Panels of this width, or of the one that AVX2's tiles are made for.
-    fn with_width(width: Width, precision: Precision) -> Panels {
-        let isa = Isa::current();
-        Self::for_level(isa, precision, if isa == Isa::Avx2 { Width::Slim } else { width })
+        Self::for_level(Isa::current(), precision, Width::Narrow.at(Isa::current()))
     }
 
     fn for_level(isa: Isa, precision: Precision, width: Width) -> Panels {

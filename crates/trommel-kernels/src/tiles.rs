@@ -15,6 +15,7 @@
 //! Sums run over blocks of `DEPTH` steps in order, whatever the number of rows, so a row's result does not depend on the rows
 //! beside it.
 
+use crate::isa::Isa;
 use crate::matmul::{MatrixMut, Target};
 
 /// Steps of a panel that are taken before the next panel: 64 KB, which the second cache holds beside the left operand.
@@ -32,6 +33,11 @@ pub(crate) enum Width {
 }
 
 impl Width {
+    /// This one, or the only one that AVX2's tiles are made for.
+    pub(crate) fn at(self, isa: Isa) -> Width {
+        if isa == Isa::Avx2 { Width::Slim } else { self }
+    }
+
     /// The number of columns.
     pub(crate) fn columns(self) -> usize {
         match self {
