@@ -17,6 +17,21 @@ use crate::vectorize::{LANES, fold, vectorized};
 
 use super::{Candidate, Found, Size, squared_norm};
 
+/// Calls the variant of `$score_rows` for as many rows as a tile has.
+#[cfg(target_arch = "x86_64")]
+macro_rules! for_rows {
+    ($score_rows:ident($tile:ident, $found:ident)) => {
+        match $tile.count {
+            1 => $score_rows::<1>($tile, $found),
+            2 => $score_rows::<2>($tile, $found),
+            3 => $score_rows::<3>($tile, $found),
+            4 => $score_rows::<4>($tile, $found),
+            5 => $score_rows::<5>($tile, $found),
+            _ => $score_rows::<{ super::TILE_ROWS }>($tile, $found),
+        }
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Found, TILE_ROWS, Tile};
+use super::{Found, Tile};
 use crate::vectorize::LANES;
 
 /// Registers of a panel, and its centroids.
@@ -11,14 +11,7 @@ const PANEL: usize = PARTS * LANES;
 
 #[target_feature(enable = "avx512f,avx512vnni")]
 pub(super) fn score(tile: &Tile<'_>, found: &mut Found<'_>) {
-    match tile.count {
-        1 => score_rows::<1>(tile, found),
-        2 => score_rows::<2>(tile, found),
-        3 => score_rows::<3>(tile, found),
-        4 => score_rows::<4>(tile, found),
-        5 => score_rows::<5>(tile, found),
-        _ => score_rows::<TILE_ROWS>(tile, found),
-    }
+    for_rows!(score_rows(tile, found))
 }
 
 #[target_feature(enable = "avx512f,avx512vnni")]
