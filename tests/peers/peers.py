@@ -68,7 +68,9 @@ def documents(*files):
 
 
 def corpus_files():
-    return sorted(arguments.corpus.glob("*.parquet"))
+    files = sorted(arguments.corpus.glob("*.parquet"))
+    assert files, f"{arguments.corpus} holds no .parquet files; --corpus names a folder that does"
+    return files
 
 
 def windows(count, length):

@@ -31,7 +31,10 @@ enum Task {
         /// One row instead of all, such as `static_embedder`.
         #[arg(long, value_name = "ROW", value_parser = peers::ROWS)]
         only: Option<String>,
-        /// Write the records as a JSON list.
+        /// A folder of Parquet files whose column `text` the rows take, instead of the quick start's: the test bed, say.
+        #[arg(long, value_name = "DIR")]
+        corpus: Option<PathBuf>,
+        /// Write the records as a JSON list, anew after each row.
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
@@ -41,7 +44,7 @@ fn main() -> anyhow::Result<()> {
     match Arguments::parse().task {
         Task::Generate => generate::run(),
         Task::CudaCheck => cuda_check::run(),
-        Task::Peers { only, json } => peers::run(only.as_deref(), json.as_deref()),
+        Task::Peers { only, corpus, json } => peers::run(only.as_deref(), corpus.as_deref(), json.as_deref()),
     }
 }
 

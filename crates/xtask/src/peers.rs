@@ -24,8 +24,9 @@ pub(crate) const ROWS: [&str; 12] = [
     "projected_step",
 ];
 
-/// Builds our side and runs all rows, or `only` one. A row that fails does not keep the others from running.
-pub(crate) fn run(only: Option<&str>, json: Option<&Path>) -> anyhow::Result<()> {
+/// Builds our side and runs all rows, or `only` one, on the text of `corpus` where a row takes text. A row that fails does not
+/// keep the others from running, and `json` holds the records of the rows that have ended, whatever happens after them.
+pub(crate) fn run(only: Option<&str>, corpus: Option<&Path>, json: Option<&Path>) -> anyhow::Result<()> {
     let root = root();
     // The workspace, so that crates have the features that the tests have built them with.
     call(Command::new("cargo").args(["build", "--release", "--workspace", "--bins", "--examples"]).current_dir(&root))?;
@@ -34,14 +35,16 @@ pub(crate) fn run(only: Option<&str>, json: Option<&Path>) -> anyhow::Result<()>
     let (mut found, mut failed) = (Vec::new(), Vec::new());
     for row in ROWS.into_iter().filter(|row| only.is_none_or(|only| only == *row)) {
         let record = records.join(format!("{row}.json"));
-        let script = root.join(format!("tests/peers/{row}.py"));
-        match call(Command::new("python3").arg(script).arg("--json").arg(&record).current_dir(&root)) {
+        let mut script = Command::new("python3");
+        script.arg(root.join(format!("tests/peers/{row}.py"))).arg("--json").arg(&record);
+        script.args(corpus.iter().flat_map(|corpus| [Path::new("--corpus"), corpus]));
+        match call(&mut script) {
             Ok(()) => found.push(fs::read_to_string(&record).with_context(|| record.display().to_string())?.trim().to_owned()),
             Err(error) => failed.push(format!("{row}: {error:#}")),
         }
-    }
-    if let Some(json) = json {
-        fs::write(json, format!("[{}]\n", found.join(",\n"))).with_context(|| json.display().to_string())?;
+        if let Some(json) = json {
+            fs::write(json, format!("[{}]\n", found.join(",\n"))).with_context(|| json.display().to_string())?;
+        }
     }
     if !failed.is_empty() {
         bail!("{} of the rows failed:\n{}", failed.len(), failed.join("\n"));
