@@ -186,7 +186,12 @@ pub fn open_lines(path: &Path) -> Result<(TextReader, Arc<AtomicU64>)> {
     } else {
         Box::new(file)
     };
-    Ok((BufReader::with_capacity(1 << 18, decoder), consumed))
+    let mut lines = BufReader::with_capacity(1 << 18, decoder);
+    // The byte order mark, which some programs write before UTF-8.
+    if lines.fill_buf().map_err(unreadable)?.starts_with("\u{feff}".as_bytes()) {
+        lines.consume("\u{feff}".len());
+    }
+    Ok((lines, consumed))
 }
 
 fn open(path: &Path) -> Result<File> {
@@ -573,7 +578,7 @@ mod tests {
 
     #[test]
     fn compressed_lines_and_identifiers() {
-        let lines = b"{\"text\":\"one\",\"id\":7}\n{\"text\":\"two\"}\n";
+        let lines = b"\xef\xbb\xbf{\"text\":\"one\",\"id\":7}\n{\"text\":\"two\"}\n";
         let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         gz.write_all(lines).unwrap();
         let gz = gz.finish().unwrap();

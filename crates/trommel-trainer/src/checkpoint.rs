@@ -72,7 +72,30 @@ pub fn save<S: Serialize>(
 ) -> Result<()> {
     let new = sibling(folder, "unfinished");
     remove(&new)?;
-    create_folder(&new)?;
+    // What is left of it on a full disk is in the way of whatever needs the space next.
+    write_to(&new, model, tokenizer, unfinished, state).inspect_err(|_| drop(remove(&new)))?;
+
+    let previous = sibling(folder, "previous");
+    let failed = |e| write_error(folder, e);
+    if folder.exists() {
+        remove(&previous)?;
+        fs::rename(folder, &previous).map_err(failed)?;
+    }
+    fs::rename(&new, folder).map_err(failed)?;
+    let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(parent).and_then(|parent| parent.sync_all()).map_err(failed)?;
+    remove(&previous)
+}
+
+/// Writes the files of a checkpoint to a folder that does not exist yet.
+fn write_to<S: Serialize>(
+    folder: &Path,
+    model: &Model,
+    tokenizer: &Path,
+    unfinished: Option<&Unfinished>,
+    state: &S,
+) -> Result<()> {
+    create_folder(folder)?;
     let layout = Layout::new(&model.config);
     let mut files = published(model, tokenizer)?;
     if let Some(unfinished) = unfinished {
@@ -85,21 +108,10 @@ pub fn save<S: Serialize>(
     }
     let mut checksums = BTreeMap::new();
     for (name, bytes) in files {
-        write_bytes(&new.join(name), &bytes)?;
+        write_bytes(&folder.join(name), &bytes)?;
         checksums.insert(name.to_owned(), checksum(&bytes));
     }
-    write_bytes(&new.join(STATE), &json(&StateFile { checksums, state })?)?;
-
-    let previous = sibling(folder, "previous");
-    let failed = |e| write_error(folder, e);
-    if folder.exists() {
-        remove(&previous)?;
-        fs::rename(folder, &previous).map_err(failed)?;
-    }
-    fs::rename(&new, folder).map_err(failed)?;
-    let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(parent).and_then(|parent| parent.sync_all()).map_err(failed)?;
-    remove(&previous)
+    write_bytes(&folder.join(STATE), &json(&StateFile { checksums, state })?)
 }
 
 /// The files of a model that `transformers` reads, and their content. `tokenizer` is the file to copy.
@@ -268,6 +280,17 @@ mod tests {
         fs::create_dir(&previous).unwrap();
         assert_eq!(read_state::<u32>(&folder.path().join("c")).unwrap(), Some(7));
         assert!(!previous.exists());
+    }
+
+    #[test]
+    fn what_cannot_be_written_leaves_the_checkpoint_as_it_was_and_nothing_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let model = written(folder.path(), Activation::Gelu);
+        let tokenizer = folder.path().join("source.json");
+        fs::remove_file(&tokenizer).unwrap();
+        assert!(save(&folder.path().join("c"), &model, &tokenizer, None, &8u32).is_err());
+        assert_eq!(read_state::<u32>(&folder.path().join("c")).unwrap(), Some(7));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -273,8 +273,12 @@ impl Config {
         all.into_iter().filter(|name| self.activation == Activation::SwiGlu || *name != "gate_proj").collect()
     }
 
-    /// A [`Error::config`] if this is many models, where one is needed.
+    /// A [`Error::config`] if this is many models, where one is needed, or one whose adapters are not merged yet.
     pub fn check_plain(&self) -> Result<()> {
+        if self.adapters.as_ref().is_some_and(|adapters| adapters.frozen) {
+            let error = Error::config("the adapters are not merged into the model, which happens when its fine-tuning ends");
+            return Err(error.hint("run the same command again to finish the fine-tuning"));
+        }
         if self.projection.is_some() || self.adapters.is_some() {
             let error = Error::config("a network of several experts is many models, and one is needed");
             return Err(error.hint("`trommel project` makes one of it"));
@@ -416,6 +420,17 @@ mod tests {
         let adapters = Adapters { experts: 4, rank: 8, alpha: 8.0, targets, frozen: false };
         let adapted = Config { adapters: Some(adapters), ..plain };
         assert_eq!(adapted.network_flops_per_step(), 4.0 * 6.0 * 4.0 * 8.0 * (192.0 * 192.0 + 192.0 * 512.0));
+    }
+
+    #[test]
+    fn what_is_not_one_model_says_why() {
+        let plain = preset("slm-1m", 100).unwrap();
+        let said = |config: Config| config.check_plain().unwrap_err().to_string();
+        assert!(plain.check_plain().is_ok());
+        let experts = Adapters::of_experts(4, &plain);
+        assert!(said(Config { adapters: Some(experts), ..plain.clone() }).contains("a network of several experts"));
+        let tuned = Adapters::for_tuning(&plain, 8, None, None);
+        assert!(said(Config { adapters: Some(tuned), ..plain }).contains("not merged into the model"));
     }
 
     #[test]
