@@ -188,7 +188,7 @@ pub fn open_lines(path: &Path) -> Result<(TextReader, Arc<AtomicU64>)> {
     };
     let mut lines = BufReader::with_capacity(1 << 18, decoder);
     // The byte order mark, which some programs write before UTF-8.
-    if lines.fill_buf().map_err(unreadable)?.starts_with("\u{feff}".as_bytes()) {
+    if lines.fill_buf().map_err(|e| unreadable(e).at(1, 1))?.starts_with("\u{feff}".as_bytes()) {
         lines.consume("\u{feff}".len());
     }
     Ok((lines, consumed))
