@@ -72,8 +72,27 @@ pub fn save<S: Serialize>(
 ) -> Result<()> {
     let new = sibling(folder, "unfinished");
     remove(&new)?;
+    let write = || {
+        create_folder(&new)?;
+        let layout = Layout::new(&model.config);
+        let mut files = published(model, tokenizer)?;
+        if let Some(unfinished) = unfinished {
+            for (name, moment) in MOMENTS.iter().zip(&unfinished.moments) {
+                files.push((name, weights::write(&layout, moment)?));
+            }
+            if let Some(best) = &unfinished.best {
+                files.push((BEST, weights::write(&layout, best)?));
+            }
+        }
+        let mut checksums = BTreeMap::new();
+        for (name, bytes) in files {
+            write_bytes(&new.join(name), &bytes)?;
+            checksums.insert(name.to_owned(), checksum(&bytes));
+        }
+        write_bytes(&new.join(STATE), &json(&StateFile { checksums, state })?)
+    };
     // What is left of it on a full disk is in the way of whatever needs the space next.
-    write_to(&new, model, tokenizer, unfinished, state).inspect_err(|_| drop(remove(&new)))?;
+    write().inspect_err(|_| drop(remove(&new)))?;
 
     let previous = sibling(folder, "previous");
     let failed = |e| write_error(folder, e);
@@ -85,33 +104,6 @@ pub fn save<S: Serialize>(
     let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(parent).and_then(|parent| parent.sync_all()).map_err(failed)?;
     remove(&previous)
-}
-
-/// Writes the files of a checkpoint to a folder that does not exist yet.
-fn write_to<S: Serialize>(
-    folder: &Path,
-    model: &Model,
-    tokenizer: &Path,
-    unfinished: Option<&Unfinished>,
-    state: &S,
-) -> Result<()> {
-    create_folder(folder)?;
-    let layout = Layout::new(&model.config);
-    let mut files = published(model, tokenizer)?;
-    if let Some(unfinished) = unfinished {
-        for (name, moment) in MOMENTS.iter().zip(&unfinished.moments) {
-            files.push((name, weights::write(&layout, moment)?));
-        }
-        if let Some(best) = &unfinished.best {
-            files.push((BEST, weights::write(&layout, best)?));
-        }
-    }
-    let mut checksums = BTreeMap::new();
-    for (name, bytes) in files {
-        write_bytes(&folder.join(name), &bytes)?;
-        checksums.insert(name.to_owned(), checksum(&bytes));
-    }
-    write_bytes(&folder.join(STATE), &json(&StateFile { checksums, state })?)
 }
 
 /// The files of a model that `transformers` reads, and their content. `tokenizer` is the file to copy.
