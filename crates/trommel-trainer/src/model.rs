@@ -277,7 +277,7 @@ impl Config {
     pub fn check_plain(&self) -> Result<()> {
         if self.adapters.as_ref().is_some_and(|adapters| adapters.frozen) {
             let error = Error::config("the adapters are not merged into the model, which happens when its fine-tuning ends");
-            return Err(error.hint("run the same command again to finish the fine-tuning"));
+            return Err(error.hint("run the command that began the fine-tuning again, and it finishes"));
         }
         if self.projection.is_some() || self.adapters.is_some() {
             let error = Error::config("a network of several experts is many models, and one is needed");
